@@ -1,0 +1,20 @@
+"""lorakern: adapters for diffusion models on fused kernels, one float32 accumulator each."""
+
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+try:
+    __version__ = version("lorakern")
+except PackageNotFoundError:
+    # run from a source tree that was never installed
+    __version__ = "0.0.0"
+
+# the compiled kernels, when they were built; `lorakern why` says whether they were
+for _library in sorted(Path(__file__).parent.glob("_native*.so")):
+    torch.ops.load_library(_library)
+
+from lorakern import functional  # noqa: E402  the ops look for their kernels in _native
+
+__all__ = ["functional"]

@@ -1,0 +1,188 @@
+"""The one table (op, backend) -> kernel: define, pick, why, use.
+
+An op is a schema, its spec and its kernels. In eager, an op call goes straight to the picked
+kernel; under torch.compile it is one opaque torch op, `lorakern::<name>`, whose fake is the spec.
+"""
+
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+OPS: dict[str, "Op"] = {}
+_library = torch.library.Library("lorakern", "FRAGMENT")
+_HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One way to compute an op.
+
+    where: "native:<name>" in the compiled extension, or "<module>:<function>", imported on
+        first use. Either takes the op's arguments in order, with scalars as Python numbers.
+    refuses: takes the op's arguments; a reason not to run on them, or None. It may read dtypes,
+        devices and shapes, never values.
+    cost: takes the op's arguments; a modelled time in µs. Without it the order of definition
+        decides: a kernel that is written first is the faster one.
+    """
+
+    where: str
+    refuses: Callable[..., str | None] | None = None
+    cost: Callable[..., float] | None = None
+
+
+class Op:
+    """Callable: the picked kernel on the given tensors."""
+
+    def __init__(self, name: str, schema: str, reference: Callable, kernels: dict[str, Kernel]):
+        self.name, self.reference, self.kernels = name, reference, kernels
+        self._loaded: dict[str, Callable] = {"reference": _in_float32(reference)}
+        self._picked: dict[tuple, Callable] = {}
+        _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(name, self._run_with_numbers, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"lorakern::{name}", reference, lib=_library)
+        self.torch_op = getattr(torch.ops.lorakern, name).default
+
+    def __call__(self, *args):
+        if torch.compiler.is_compiling():
+            return self.torch_op(*args)
+        key = _key(args)
+        run = self._picked.get(key)
+        if run is None:
+            run = self._picked[key] = self.load(pick(self, *args))
+        return run(*args)
+
+    def _run_with_numbers(self, *args):
+        # a scale travels as a 0-dim tensor under compile, so that changing it recompiles nothing
+        return self(*(a.item() if isinstance(a, Tensor) and a.dim() == 0 else a for a in args))
+
+    def load(self, backend: str) -> Callable:
+        """The function behind a backend's name; ImportError says what is missing."""
+        if backend not in self._loaded:
+            module, _, function = self.kernels[backend].where.partition(":")
+            if module == "native":
+                if not hasattr(torch.ops.lorakern_native, function):
+                    raise ImportError(f"lorakern._native is not built or lacks {function}")
+                self._loaded[backend] = getattr(torch.ops.lorakern_native, function).default
+            else:
+                self._loaded[backend] = getattr(importlib.import_module(module), function)
+        return self._loaded[backend]
+
+    def refusal(self, backend: str, *args) -> str | None:
+        """Why this backend cannot run on these arguments; None when it can."""
+        if backend == "reference":
+            return None
+        kernel = self.kernels[backend]
+        try:
+            self.load(backend)
+        except ImportError as missing:
+            return str(missing)
+        return kernel.refuses(*args) if kernel.refuses else None
+
+
+def define(name: str, schema: str, reference: Callable, **kernels: Kernel) -> Op:
+    """Enter an op. `kernels` are named by backend, the preferred one first.
+
+    Args:
+        schema: torch schema without the name, "(Tensor x, Tensor scale) -> Tensor"; a number that
+            changes between calls is declared a Tensor (0-dim), and kernels get it as a float.
+        reference: the spec; also the fallback (run in float32 on 16-bit tensors) and the fake.
+
+    Raises:
+        ValueError: the op is there already, or a backend is called "reference".
+    """
+    if name in OPS or "reference" in kernels:
+        raise ValueError(f"op {name} is already defined, or names a kernel 'reference'")
+    OPS[name] = Op(name, schema, reference, kernels)
+    return OPS[name]
+
+
+def why(op: str | Op, *args) -> dict[str, str]:
+    """Each backend of an op with 'ok' or the reason it refuses these arguments."""
+    op = _find(op)
+    return {b: op.refusal(b, *args) or "ok" for b in (*op.kernels, "reference")}
+
+
+def pick(op: str | Op, *args) -> str:
+    """The backend that runs: a forced one, else the cheapest that does not refuse.
+
+    Raises:
+        ValueError: the backend forced by `use` refuses; the message is its reason.
+    """
+    op = _find(op)
+    forced = _forced.get(op.name, _forced.get("*"))
+    if forced is not None:
+        if forced != "reference" and forced not in op.kernels:
+            raise ValueError(f"{op.name} has no backend {forced!r}: {', '.join(why(op, *args))}")
+        if reason := op.refusal(forced, *args):
+            raise ValueError(f"{op.name}: {forced} cannot run: {reason}")
+        return forced
+    able = [b for b in op.kernels if op.refusal(b, *args) is None]
+    costs = [op.kernels[b].cost for b in able]
+    if able and all(costs):
+        return min(able, key=lambda b: op.kernels[b].cost(*args))
+    return able[0] if able else "reference"
+
+
+_forced: dict[str, str] = {}
+
+
+@contextmanager
+def use(backend: str | None = None, **by_op: str) -> Iterator[None]:
+    """Force a backend within a block: use("reference") or use(lora_linear_fwd="triton").
+
+    Raises:
+        ValueError: no such op.
+    """
+    for name in by_op:
+        _find(name)
+    before = dict(_forced)
+    _forced.update({"*": backend} if backend else {}, **by_op)
+    _forget_picks()
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)
+        _forget_picks()
+
+
+def _forget_picks() -> None:
+    for op in OPS.values():
+        op._picked.clear()
+
+
+def _find(op: str | Op) -> Op:
+    if isinstance(op, Op):
+        return op
+    if op not in OPS:
+        raise ValueError(f"no op {op!r}; there are {', '.join(sorted(OPS))}")
+    return OPS[op]
+
+
+def _key(args: tuple) -> tuple:
+    first = args[0]
+    return (
+        first.dtype,
+        first.device,
+        *[a.shape if isinstance(a, Tensor) else a is None for a in args],
+    )
+
+
+def _in_float32(reference: Callable) -> Callable:
+    """The spec as a kernel: 16-bit tensors are widened, and each result is rounded once."""
+
+    def run(*args):
+        dtype = args[0].dtype
+        if dtype not in _HALF:
+            return reference(*args)
+        widened = (a.float() if isinstance(a, Tensor) and a.dtype in _HALF else a for a in args)
+        results = reference(*widened)
+        if isinstance(results, Tensor):
+            return results.to(dtype)
+        return tuple(r.to(dtype) for r in results)
+
+    return run

@@ -1,0 +1,5 @@
+"""Registry of ops: one import a line. Each is a function of tensors, documented where it lives."""
+
+from lorakern.ops.lora_linear.op import lora_linear
+
+__all__ = ["lora_linear"]
