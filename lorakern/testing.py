@@ -36,7 +36,7 @@ def assert_as_exact_as_torch(name: str, got: Tensor, exact: Tensor, torch_same_d
 
 
 def check_every_kernel(op: str, args: tuple) -> None:
-    """Each kernel of an op that does not refuse `args` is as exact as torch; inputs are not touched.
+    """Each kernel of an op that does not refuse `args` is as exact as torch, and changes no input.
 
     The spec runs in float64 for the truth, and in the arguments' own dtype for the bound.
     """

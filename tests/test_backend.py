@@ -1,0 +1,111 @@
+"""The table of kernels: who is picked, why not, and what a forced backend does."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lorakern import backend
+from lorakern.backend import Kernel
+
+HERE = "kernels_of_test_backend"
+
+
+def spec(x, scale):
+    return scale * x
+
+
+def refuse_wide(x, scale):
+    return f"x has {x.shape[-1]} columns, over 4" if x.shape[-1] > 4 else None
+
+
+@pytest.fixture
+def op(monkeypatch):
+    """An op with two kernels; `fast` refuses more than 4 columns. Results name their kernel."""
+    kernels = SimpleNamespace(fast=lambda x, s: x * 0 + 1, slow=lambda x, s: x * 0 + 2)
+    monkeypatch.setitem(sys.modules, HERE, kernels)
+    name = f"toy_{len(backend.OPS)}_{id(kernels)}"
+    made = backend.define(
+        name,
+        "(Tensor x, Tensor scale) -> Tensor",
+        spec,
+        fast=Kernel(f"{HERE}:fast", refuse_wide),
+        slow=Kernel(f"{HERE}:slow"),
+    )
+    yield made
+    del backend.OPS[name]
+
+
+def test_the_first_that_does_not_refuse_is_picked(op):
+    assert op(torch.zeros(4), 3.0).tolist() == [1.0] * 4
+    assert op(torch.zeros(5), 3.0).tolist() == [2.0] * 5
+    assert backend.why(op, torch.zeros(5), 3.0) == {
+        "fast": "x has 5 columns, over 4",
+        "slow": "ok",
+        "reference": "ok",
+    }
+
+
+def test_cost_decides_where_every_kernel_has_one(monkeypatch):
+    monkeypatch.setitem(sys.modules, HERE, SimpleNamespace(run=lambda x, s: x))
+    kernels = {
+        "fused": Kernel(f"{HERE}:run", cost=lambda x, s: x.numel()),
+        "split": Kernel(f"{HERE}:run", cost=lambda x, s: 100),
+    }
+    op = backend.define("toy_cost", "(Tensor x, Tensor scale) -> Tensor", spec, **kernels)
+    try:
+        assert backend.pick(op, torch.zeros(99), 1.0) == "fused"
+        assert backend.pick(op, torch.zeros(101), 1.0) == "split"
+    finally:
+        del backend.OPS["toy_cost"]
+
+
+def test_use_forces_and_a_refusal_raises(op):
+    x = torch.ones(4)
+    with backend.use("reference"):
+        assert op(x, 3.0).tolist() == [3.0] * 4
+        with backend.use(**{op.name: "slow"}):
+            assert op(x, 3.0).tolist() == [2.0] * 4
+    assert op(x, 3.0).tolist() == [1.0] * 4
+    with backend.use("fast"), pytest.raises(ValueError, match="cannot run: x has 5 columns"):
+        op(torch.ones(5), 3.0)
+    with backend.use("nonesuch"), pytest.raises(ValueError, match="no backend 'nonesuch'"):
+        op(x, 3.0)
+    with pytest.raises(ValueError, match="no op 'nonesuch'"), backend.use(nonesuch="reference"):
+        pass
+
+
+def test_a_kernel_that_cannot_be_loaded_says_so():
+    kernels = {
+        "cpp": Kernel("native:nonesuch_fwd_cpu"),
+        "triton": Kernel("lorakern.nonesuch:run"),
+    }
+    op = backend.define("toy_missing", "(Tensor x, Tensor scale) -> Tensor", spec, **kernels)
+    try:
+        reasons = backend.why(op, torch.ones(2), 1.0)
+        assert "_native is not built or lacks nonesuch_fwd_cpu" in reasons["cpp"]
+        assert "lorakern.nonesuch" in reasons["triton"]
+        assert op(torch.ones(2), 2.0).tolist() == [2.0, 2.0]
+    finally:
+        del backend.OPS["toy_missing"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_spec_as_a_kernel_rounds_16_bit_once(dtype):
+    seen = []
+
+    def two_steps(x, scale):
+        seen.append(x.dtype)
+        return scale * x + x
+
+    x = torch.randn(1000, dtype=dtype)
+    got = backend._in_float32(two_steps)(x, 0.3)
+    assert seen == [torch.float32]
+    assert torch.equal(got, (0.3 * x.float() + x.float()).to(dtype))
+    assert not torch.equal(got, 0.3 * x + x)
+
+
+def test_names_are_taken_once(op):
+    with pytest.raises(ValueError, match="already defined"):
+        backend.define(op.name, "(Tensor x, Tensor scale) -> Tensor", spec)
