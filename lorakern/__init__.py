@@ -15,6 +15,18 @@ except PackageNotFoundError:
 for _library in sorted(Path(__file__).parent.glob("_native*.so")):
     torch.ops.load_library(_library)
 
-from lorakern import functional  # noqa: E402  the ops look for their kernels in _native
+# the ops look for their kernels in _native
+from lorakern import functional  # noqa: E402
+from lorakern.adapters import eject, inject, merge, set_multiplier, unmerge  # noqa: E402
+from lorakern.formats import load, save  # noqa: E402
 
-__all__ = ["functional"]
+__all__ = [
+    "eject",
+    "functional",
+    "inject",
+    "load",
+    "merge",
+    "save",
+    "set_multiplier",
+    "unmerge",
+]

@@ -43,7 +43,8 @@ class Op:
         self._picked: dict[tuple, Callable] = {}
         _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(name, self._run_with_numbers, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"lorakern::{name}", reference, lib=_library)
+        fake = lambda *args: reference(*_contiguous(args))  # noqa: E731
+        torch.library.register_fake(f"lorakern::{name}", fake, lib=_library)
         self.torch_op = getattr(torch.ops.lorakern, name).default
 
     def __call__(self, *args):
@@ -57,6 +58,7 @@ class Op:
 
     def _run_with_numbers(self, *args):
         # a scale travels as a 0-dim tensor under compile, so that changing it recompiles nothing
+        args = _contiguous(args)
         return self(*(a.item() if isinstance(a, Tensor) and a.dim() == 0 else a for a in args))
 
     def load(self, backend: str) -> Callable:
@@ -75,12 +77,15 @@ class Op:
         """Why this backend cannot run on these arguments; None when it can."""
         if backend == "reference":
             return None
-        kernel = self.kernels[backend]
+        refuses = self.kernels[backend].refuses
+        # asked first: what refuses these arguments need not be imported
+        if refuses and (reason := refuses(*args)):
+            return reason
         try:
             self.load(backend)
         except ImportError as missing:
             return str(missing)
-        return kernel.refuses(*args) if kernel.refuses else None
+        return None
 
 
 def define(name: str, schema: str, reference: Callable, **kernels: Kernel) -> Op:
@@ -170,6 +175,10 @@ def _key(args: tuple) -> tuple:
         first.device,
         *[a.shape if isinstance(a, Tensor) else a is None for a in args],
     )
+
+
+def _contiguous(args: tuple) -> tuple:
+    return tuple(a.contiguous() if isinstance(a, Tensor) else a for a in args)
 
 
 def _in_float32(reference: Callable) -> Callable:

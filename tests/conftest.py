@@ -1,7 +1,13 @@
 """Device, seed, and fresh memory that is full of NaN, so that an unwritten element shows."""
 
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Triton kernels then run on the CPU, slowly; read once, when triton is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_addoption(parser):

@@ -1,5 +1,7 @@
 """lora_linear: the frozen linear layer and its low-rank update in one pass."""
 
+import os
+
 import torch
 from torch import Tensor
 
@@ -12,12 +14,30 @@ def _refuse_cpp(x, *_) -> str | None:
     return None if x.device.type == "cpu" else f"x is on {x.device.type}; this kernel is for cpu"
 
 
+def _refuse_triton(x, down) -> str | None:
+    if x.dtype == torch.float64:
+        return "float64: the kernel sums in float32"
+    if down.shape[0] > 128:
+        return f"rank {down.shape[0]} is over 128"
+    if x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return "bfloat16: Triton's interpreter misreads it" if x.dtype == torch.bfloat16 else None
+    if x.device.type != "cuda":
+        return f"x is on {x.device.type}; triton runs on cuda"
+    if (major_minor := torch.cuda.get_device_capability(x.device)) < (8, 0):
+        return f"sm_{major_minor[0]}{major_minor[1]}: the kernel needs sm_80"
+    return None
+
+
 _fwd = backend.define(
     "lora_linear_fwd",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor down, Tensor up, Tensor scale)"
     " -> (Tensor y, Tensor h)",
     reference.lora_linear_fwd,
     cpp=Kernel("native:lora_linear_fwd_cpu", _refuse_cpp),
+    triton=Kernel(
+        "lorakern.ops.lora_linear.triton_kernel:lora_linear_fwd",
+        lambda x, weight, bias, down, *_: _refuse_triton(x, down),
+    ),
 )
 _bwd = backend.define(
     "lora_linear_bwd",
@@ -25,6 +45,10 @@ _bwd = backend.define(
     " bool[3] needs) -> (Tensor dx, Tensor ddown, Tensor dup)",
     reference.lora_linear_bwd,
     cpp=Kernel("native:lora_linear_bwd_cpu", _refuse_cpp),
+    triton=Kernel(
+        "lorakern.ops.lora_linear.triton_bwd:lora_linear_bwd",
+        lambda dy, x, h, weight, down, *_: _refuse_triton(x, down),
+    ),
 )
 
 

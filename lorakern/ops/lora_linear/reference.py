@@ -16,7 +16,7 @@ def lora_linear_bwd(dy, x, h, weight, down, up, scale, needs):
     """needs: which of dx, ddown, dup to compute; the others come back as empty tensors."""
     dy_MO, x_MI, h_MR = dy.flatten(0, -2), x.flatten(0, -2), h.flatten(0, -2)
     need_dx, need_ddown, need_dup = needs
-    dx = ddown_RI = dup_OR = x.new_empty(0)
+    dx, ddown_RI, dup_OR = (x.new_empty(0) for _ in range(3))
     dh_MR = scale * (dy_MO @ up)
     if need_dx:
         dx = (dy_MO @ weight + dh_MR @ down).view(x.shape)

@@ -1,0 +1,1 @@
+"""Benches: nothing is timed before it is checked, and every number is a row in bench/results/."""

@@ -1,0 +1,1 @@
+"""One file an op: CASES from real UNets, inputs(), arms(), and how the op is called."""

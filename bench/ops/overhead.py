@@ -1,0 +1,8 @@
+"""What a call of an adapted linear layer costs by itself: 4 x 8 inputs, so no arithmetic."""
+
+from bench.ops.lora_linear import BACKWARD, FORWARD, Case, backward_inputs, inputs, layers
+
+__all__ = ["BACKWARD", "CASES", "DIRECTIONS", "FORWARD", "backward_inputs", "inputs", "layers"]
+
+DIRECTIONS = ("infer", "fwd", "fwd+bwd")
+CASES = [Case(8, 8, 4, 4)]

@@ -1,0 +1,169 @@
+// out[M, N] = a[M, K] W + t[M, R] E (+ bias), with t = scale · a S: a product and its low-rank update.
+//
+// Forward of lora_linear is a = x, W = weightᵀ, S = downᵀ, E = upᵀ; the gradient of x is a = dy,
+// W = weight, S = up, E = down. Rows go in blocks that stay in cache: t, both products and the sum
+// of a block happen there, in one accumulator, and out is written once. Nothing of size M·N or M·K
+// is made. W is packed once a call, in groups of columns of at most kGroupBytes.
+
+#pragma once
+
+#include "pack.h"
+
+#include <ATen/OpMathType.h>
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+
+namespace lorakern {
+
+// sizes of what is reused: packed columns in L3, rows of a in L2, depth of a pass over the panels
+constexpr int64_t kGroupBytes = 16 << 20;
+constexpr int64_t kBlockBytes = 384 << 10;
+constexpr int64_t kDepth = 2048;
+// multiply-adds below which a second thread costs more than it brings
+constexpr int64_t kSerial = 1 << 17;
+
+template <typename scalar_t>
+struct LowRank {
+  int64_t M, K, N, R;
+  const scalar_t *a, *wide, *shrink, *expand, *bias;
+  // transposed: wide is [N, K], shrink [R, K], expand [N, R]; else [K, N], [K, R], [R, N]
+  bool transposed;
+  scalar_t* out;
+  at::TensorOptions options;
+};
+
+// How M rows are shared: a slot is one thread's run of neighbouring rows, cut in blocks.
+struct Rows {
+  int64_t slots, per_slot, block;
+
+  // k: lanes of a row that are kept in cache; work: multiply-adds of the whole product
+  Rows(int64_t M, int64_t k, int64_t lane_bytes, int64_t work) {
+    const int64_t tiles = (M + kTileRows - 1) / kTileRows;
+    const int64_t threads = work < kSerial ? 1 : at::get_num_threads();
+    const int64_t runs = std::clamp<int64_t>(threads, 1, tiles);
+    per_slot = (M + runs - 1) / runs;
+    slots = (M + per_slot - 1) / per_slot;
+    const int64_t fit = kBlockBytes / (lane_bytes * std::clamp<int64_t>(k, 1, kDepth));
+    block = std::min(per_slot, std::max<int64_t>(fit / kTileRows, 1) * kTileRows);
+  }
+};
+
+// Calls visit(slot, row, count, t) for each block of rows with t[count, padded(R)] = a S, which it
+// scales; visit runs once a block, in order within a slot.
+template <typename scalar_t, bool kPairs, typename Visit>
+void low_rank_product(const LowRank<scalar_t>& p, const Rows& rows_of, const Visit& visit) {
+  using acc_t = at::opmath_type<scalar_t>;
+  constexpr bool kDirect = kPairs || std::is_same_v<scalar_t, acc_t>;
+  constexpr int64_t kWide = kPanel<acc_t>;
+  const int64_t K = kPairs ? p.K / 2 : p.K, Rp = padded<acc_t>(p.R);
+  const auto options = p.options.dtype(c10::CppTypeToScalarType<acc_t>::value);
+
+  const int64_t slots = rows_of.slots, block = rows_of.block;
+  int64_t group = kGroupBytes / (sizeof(acc_t) * std::max<int64_t>(1, K + p.R)) / kWide * kWide;
+  group = std::max(kWide, std::min((p.N + kWide - 1) / kWide * kWide, group));
+  const int64_t passes = K > kDepth ? (K + kDepth - 1) / kDepth : 1;
+
+  const int64_t sums_size = block * (passes > 1 ? group : kWide);
+  const int64_t wide_size = kDirect ? 0 : block * p.K;
+  const int64_t shrink_size = K * Rp, group_size = (K + p.R) * group;
+  at::Tensor scratch = at::empty(
+      {shrink_size + group_size + slots * (sums_size + wide_size) + p.M * Rp}, options);
+  acc_t* const shrink = scratch.template mutable_data_ptr<acc_t>();
+  acc_t* const panels = shrink + shrink_size;
+  acc_t* const t_all = panels + group_size;
+  acc_t* const blocks = t_all + p.M * Rp;
+  const auto width_of = [](int64_t cols) { return cols > kWidth<acc_t> ? kWide : kWidth<acc_t>; };
+
+  for (int64_t col0 = 0; col0 == 0 || col0 < p.N; col0 += group) {
+    const int64_t cols = std::min(group, p.N - col0), count = (cols + kWide - 1) / kWide;
+    const int64_t shrinks = col0 == 0 ? (p.R + kWide - 1) / kWide : 0;
+    const int64_t grain = slots > 1 ? 1 : shrinks + count + 1;
+    at::parallel_for(0, shrinks + count, grain, [&](int64_t b, int64_t e) {
+      for (int64_t i = b; i < e; ++i) {
+        const bool is_shrink = i < shrinks;
+        const int64_t first = is_shrink ? i * kWide : col0 + (i - shrinks) * kWide;
+        const int64_t width = width_of((is_shrink ? p.R : p.N) - first);
+        if (is_shrink) {
+          pack_panel<kPairs>(shrink + first * K, p.shrink, p.transposed, p.K, p.R, first, width);
+          continue;
+        }
+        acc_t* panel = panels + (first - col0) * (K + p.R);
+        pack_panel<kPairs>(panel, p.wide, p.transposed, p.K, p.N, first, width);
+        pack_panel<false>(panel + K * width, p.expand, p.transposed, p.R, p.N, first, width);
+      }
+    });
+
+    const auto run_block = [&](int64_t slot, int64_t row, int64_t rows) {
+      acc_t* const sums = blocks + slot * (sums_size + wide_size);
+      acc_t* const t = t_all + row * Rp;
+      const acc_t* a;
+      if constexpr (kDirect) {
+        a = reinterpret_cast<const acc_t*>(p.a) + row * K;
+      } else {
+        widen(sums + sums_size, p.a + row * p.K, rows * p.K);
+        a = sums + sums_size;
+      }
+      if (col0 == 0) {
+        for (int64_t r = 0; r < p.R; r += kWide) {
+          const int64_t width = width_of(p.R - r);
+          multiply_panel<acc_t, kPairs, false>(t + r, Rp, false, rows, width == kWide,
+                                               {a, K, shrink + r * K, width, K});
+        }
+        visit(slot, row, rows, t);
+      }
+      for (int64_t pass = 0; pass < passes; ++pass) {
+        const int64_t k = pass * kDepth;
+        const bool last = pass + 1 == passes;
+        const int64_t depth = last ? K - k : kDepth;
+        for (int64_t c = 0; c < cols; c += kWide) {
+          const int64_t width = width_of(p.N - col0 - c);
+          const acc_t* panel = panels + c * (K + p.R);
+          acc_t* const c_sums = passes > 1 ? sums + c * rows : sums;
+          multiply_panel<acc_t, kPairs, false>(
+              c_sums, width, pass > 0, rows, width == kWide,
+              {a + k, K, panel + k * width, width, depth},
+              {t, Rp, panel + K * width, width, last ? p.R : 0});
+          if (!last) continue;
+          const int64_t used = std::min(width, cols - c);
+          acc_t bias[kWide];
+          if (p.bias) widen(bias, p.bias + col0 + c, used);
+          for (int64_t i = 0; i < rows; ++i)
+            narrow(p.out + (row + i) * p.N + col0 + c, c_sums + i * width, p.bias ? bias : nullptr,
+                   used);
+        }
+      }
+    };
+    at::parallel_for(0, rows_of.slots, 1, [&](int64_t b, int64_t e) {
+      for (int64_t slot = b; slot < e; ++slot) {
+        const int64_t end = std::min(p.M, (slot + 1) * rows_of.per_slot);
+        for (int64_t row = slot * rows_of.per_slot; row < end; row += rows_of.block)
+          run_block(slot, row, std::min(rows_of.block, end - row));
+      }
+    });
+  }
+}
+
+// sum[R, padded N] (+)= t[rows, R]ᵀ src[rows, N]: one block's share of a factor's gradient.
+// kPairs: t is made of pairs of rows, [(rows + 1) / 2, R] lanes. panel: room for one of src.
+template <bool kPairs, typename scalar_t, typename acc_t>
+void add_outer(acc_t* sum, bool add, const acc_t* t, int64_t ldt, int64_t R, const scalar_t* src,
+               int64_t N, int64_t rows, acc_t* panel) {
+  constexpr int64_t kWide = kPanel<acc_t>;
+  const int64_t ld = padded<acc_t>(N);
+  for (int64_t c = 0; c < N; c += kWide) {
+    const int64_t used = std::min(kWide, N - c);
+    const int64_t width = used > kWidth<acc_t> ? kWide : kWidth<acc_t>;
+    Term<acc_t> term{t, ldt, panel, width, kPairs ? (rows + 1) / 2 : rows};
+    if constexpr (kPairs) {
+      pack_row_pairs(panel, width, src + c, N, used, rows);
+    } else if (std::is_same_v<scalar_t, acc_t> && used == width) {
+      term.b = reinterpret_cast<const acc_t*>(src) + c;
+      term.ldb = N;
+    } else {
+      pack_rows(panel, width, src + c, N, used, rows);
+    }
+    multiply_panel<acc_t, kPairs, true>(sum + c, ld, add, R, width == kWide, term);
+  }
+}
+
+}  // namespace lorakern

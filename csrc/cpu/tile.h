@@ -1,0 +1,150 @@
+// Register tiles: c[rows, cols] (+)= a b + a2 b2, both products in one accumulator.
+//
+// A tile is kTileRows x kPanel sums in registers. Its right operand is a panel: k rows of kPanel (or
+// kWidth, for narrow panels) neighbouring lanes. A lane is one acc_t, or a pair of bfloat16 that
+// AVX512-BF16 multiplies and adds to one float32 sum.
+
+#pragma once
+
+#include "../vec.h"
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+namespace lorakern {
+
+#if defined(CPU_CAPABILITY_AVX512)
+constexpr int kTileRows = 14;
+#elif defined(__aarch64__)
+constexpr int kTileRows = 12;
+#else
+constexpr int kTileRows = 6;
+#endif
+
+#if defined(__AVX512BF16__) && defined(CPU_CAPABILITY_AVX512)
+constexpr bool kHasPairs = true;
+#else
+constexpr bool kHasPairs = false;
+#endif
+
+template <typename acc_t>
+constexpr int kWidth = at::vec::Vectorized<acc_t>::size();
+template <typename acc_t>
+constexpr int kPanel = 2 * kWidth<acc_t>;
+
+// lanes an operand of `cols` columns takes: the last panel may be a narrow one
+template <typename acc_t>
+inline int64_t padded(int64_t cols) {
+  return (cols + kWidth<acc_t> - 1) / kWidth<acc_t> * kWidth<acc_t>;
+}
+
+// One product: a[rows, k] b[k, cols] in lanes. Rows of a are `lda` apart and its k neighbours, or
+// the other way round in a column-major tile.
+template <typename acc_t>
+struct Term {
+  const acc_t* a = nullptr;
+  int64_t lda = 0;
+  const acc_t* b = nullptr;
+  int64_t ldb = 0;
+  int64_t k = 0;
+};
+
+template <bool kPairs, typename acc_t>
+inline at::vec::Vectorized<acc_t> multiply_add(at::vec::Vectorized<acc_t> a,
+                                               at::vec::Vectorized<acc_t> b,
+                                               at::vec::Vectorized<acc_t> sum) {
+#if defined(__AVX512BF16__) && defined(CPU_CAPABILITY_AVX512)
+  if constexpr (kPairs) {
+    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(static_cast<__m512>(a)),
+                            reinterpret_cast<__m512bh>(static_cast<__m512>(b)));
+  }
+#endif
+  return at::vec::fmadd(a, b, sum);
+}
+
+template <typename acc_t, int kRows, int kVecs, bool kPairs, bool kColumnMajor>
+inline void accumulate(at::vec::Vectorized<acc_t> (&sums)[kRows][kVecs], const Term<acc_t>& term) {
+  using Vec = at::vec::Vectorized<acc_t>;
+  const acc_t *a = term.a, *b = term.b;
+  const int64_t lda = term.lda, ldb = term.ldb;
+#pragma GCC unroll 4
+  for (int64_t k = 0; k < term.k; ++k) {
+    Vec right[kVecs];
+#pragma GCC unroll 2
+    for (int j = 0; j < kVecs; ++j) right[j] = Vec::loadu(b + k * ldb + j * kWidth<acc_t>);
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+      acc_t lane;
+      std::memcpy(&lane, a + (kColumnMajor ? k * lda + i : i * lda + k), sizeof(lane));
+      const Vec left(lane);
+#pragma GCC unroll 2
+      for (int j = 0; j < kVecs; ++j)
+        sums[i][j] = multiply_add<kPairs, acc_t>(left, right[j], sums[i][j]);
+    }
+  }
+}
+
+template <typename acc_t, int kRows, int kVecs, bool kPairs, bool kColumnMajor>
+void tile(acc_t* c, int64_t ldc, bool add, const Term<acc_t>& first, const Term<acc_t>& second) {
+  using Vec = at::vec::Vectorized<acc_t>;
+  Vec sums[kRows][kVecs];
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 2
+    for (int j = 0; j < kVecs; ++j) sums[i][j] = Vec(acc_t(0));
+  }
+  accumulate<acc_t, kRows, kVecs, kPairs, kColumnMajor>(sums, first);
+  if (second.k > 0) accumulate<acc_t, kRows, kVecs, false, kColumnMajor>(sums, second);
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 2
+    for (int j = 0; j < kVecs; ++j) {
+      acc_t* out = c + i * ldc + j * kWidth<acc_t>;
+      (add ? sums[i][j] + Vec::loadu(out) : sums[i][j]).store(out);
+    }
+  }
+}
+
+template <typename acc_t>
+using TileFn = void (*)(acc_t*, int64_t, bool, const Term<acc_t>&, const Term<acc_t>&);
+
+template <typename acc_t, int kVecs, bool kPairs, bool kColumnMajor, int... kRows>
+constexpr std::array<TileFn<acc_t>, sizeof...(kRows)> tiles_of(
+    std::integer_sequence<int, kRows...>) {
+  return {tile<acc_t, kRows + 1, kVecs, kPairs, kColumnMajor>...};
+}
+
+// A panel is gone through in runs of k that stay in L1 for all rows. They also keep long sums exact:
+// the rounding of a sum of runs grows with the root of their length and number.
+constexpr int64_t kRun = 256;
+
+// c[rows, cols] of one panel, in tiles of nearly equal height. `wide`: kPanel columns, else kWidth.
+template <typename acc_t, bool kPairs, bool kColumnMajor>
+void multiply_panel(acc_t* c, int64_t ldc, bool add, int64_t rows, bool wide,
+                    const Term<acc_t>& first, const Term<acc_t>& second = {}) {
+  using Heights = std::make_integer_sequence<int, kTileRows>;
+  static constexpr auto kNarrow = tiles_of<acc_t, 1, kPairs, kColumnMajor>(Heights{});
+  static constexpr auto kWide = tiles_of<acc_t, 2, kPairs, kColumnMajor>(Heights{});
+  const int64_t count = (rows + kTileRows - 1) / kTileRows;
+  const int64_t runs = std::max<int64_t>(1, (first.k + kRun - 1) / kRun);
+  const int64_t length = (first.k + runs - 1) / runs;
+  for (int64_t run = 0; run < runs; ++run) {
+    const int64_t from = run * length;
+    const bool last = run + 1 == runs;
+    Term<acc_t> part{first.a + (kColumnMajor ? from * first.lda : from), first.lda,
+                     first.b + from * first.ldb, first.ldb, last ? first.k - from : length};
+    Term<acc_t> extra = last ? second : Term<acc_t>{};
+    for (int64_t t = 0, row = 0; t < count; ++t) {
+      const int64_t height = rows / count + (t < rows % count);
+      (wide ? kWide : kNarrow)[height - 1](c + row * ldc, ldc, add || run > 0, part, extra);
+      row += height;
+      part.a += kColumnMajor ? height : height * part.lda;
+      extra.a += kColumnMajor ? height : height * extra.lda;
+    }
+  }
+}
+
+}  // namespace lorakern

@@ -1,0 +1,345 @@
+"""What an adapter is: factors beside a frozen layer, its scale, its checkpoint keys, its merge.
+
+An adapter takes the place of its layer in the model and keeps it as `base`. Adapters stack: the
+base of one may be another. The outermost runs for all of them, so that the frozen product and
+every update share one accumulator and one rounding.
+"""
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from lorakern.adapters import layers
+
+ALGOS: dict[str, type["Adapter"]] = {}
+# one set of hooks for an adapter and its layer, so that each fires whichever holds it
+_HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
+    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks", "_backward_pre_hooks",
+)  # fmt: skip
+
+
+def register(algo: str) -> Callable[[type["Adapter"]], type["Adapter"]]:
+    """Enter an adapter class under its name, the one that `inject` takes."""
+
+    def enter(cls: type["Adapter"]) -> type["Adapter"]:
+        if algo in ALGOS:
+            raise ValueError(f"adapter {algo!r} is already registered")
+        cls.algo = algo
+        ALGOS[algo] = cls
+        return cls
+
+    return enter
+
+
+class Adapter(nn.Module):
+    """A frozen layer with an update: y = layer(x; W + ΔW), in one float32 sum, rounded once.
+
+    A drop-in for the layer: `weight`, `bias`, `in_features` and the like are the layer's, hooks
+    are shared with it, and in a state dict its keys keep their names. The factors are `down` and
+    `up` beside them, or `<name>.down`, `<name>.up` for an adapter not named "default". A state
+    dict that has none of the factors loads and leaves them as they are.
+
+    Args:
+        base: the layer, or the adapter around it; the adapter does not copy it.
+        name: the adapter's name, without a dot.
+        rank: R, at least 1.
+        alpha: the update is multiplied by alpha / rank; None is rank. No unit.
+        rslora: divide alpha by the root of the rank instead (arXiv:2312.03732).
+        dtype: of the factors; float32, or float64 on a float64 layer, when None.
+
+    Raises:
+        ValueError: the layer cannot be adapted, or a number is out of range.
+    """
+
+    algo: str
+    factors: tuple[str, ...]
+    kinds: tuple[str, ...] = tuple(layers.KINDS)
+
+    def __init__(
+        self,
+        base: nn.Module,
+        *,
+        name: str = "default",
+        rank: int = 16,
+        alpha: float | None = None,
+        rslora: bool = False,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        root = base.root if isinstance(base, Adapter) else base
+        if reason := layers.refusal(root):
+            raise ValueError(f"no adapter fits here: {reason}")
+        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+            raise ValueError(f"rank must be a whole number of at least 1, got {rank!r}")
+        if not name or "." in name:
+            raise ValueError(f"an adapter's name is part of checkpoint keys: no dot, got {name!r}")
+        dtype = dtype or layers.widest(root.weight.dtype)
+        if dtype not in layers.DTYPES:
+            raise ValueError(f"the dtype of the factors is a floating one, got {dtype}")
+        self.kind = layers.kind_of(root)
+        if self.kind not in self.kinds:
+            raise ValueError(f"{self.algo} is for {', '.join(self.kinds)}, not {self.kind}")
+        self.name, self.rank, self.rslora = name, rank, rslora
+        self.base = base
+        self.training = base.training
+        for hooks in _HOOKS:
+            self.__dict__[hooks] = base.__dict__[hooks]
+        self._merged = False
+        # not a buffer: a dtype move must not round it. Under torch.compile the tensor is an
+        # input of the graph, so that a new value recompiles nothing
+        self._scale_tensor = torch.zeros((), dtype=torch.float64, device="cpu")
+        self._multiplier = 1.0
+        self.alpha = rank if alpha is None else alpha
+        self.make_factors(root, dtype)
+
+    # what an algorithm writes
+
+    def make_factors(self, layer: nn.Module, dtype: torch.dtype) -> None:
+        """Create the parameters named in `factors` on the layer's device."""
+        raise NotImplementedError
+
+    def delta_weight(self) -> Tensor:
+        """ΔW in the weight's shape, multiplier included; float32, or float64 on such a layer."""
+        raise NotImplementedError
+
+    def delta_output(self, x: Tensor) -> Tensor:
+        """The update's share of the output, without rounding; x is float32 or float64."""
+        return layers.run(self.root, x, self.delta_weight().to(x.dtype), None)
+
+    # scale
+
+    @property
+    def root(self) -> nn.Module:
+        """The plain layer under all adapters."""
+        base = self._modules["base"]
+        return base.root if isinstance(base, Adapter) else base
+
+    @property
+    def scale(self) -> float:
+        """multiplier · alpha / rank, or / √rank with rslora."""
+        return self._scale
+
+    @property
+    def multiplier(self) -> float:
+        """The user's strength: 1 is as trained, 0 takes the adapter out of the sum."""
+        return self._multiplier
+
+    @multiplier.setter
+    def multiplier(self, value: float) -> None:
+        self._set_scale(_finite("multiplier", value), self._alpha)
+
+    @property
+    def alpha(self) -> float:
+        return self._alpha
+
+    @alpha.setter
+    def alpha(self, value: float) -> None:
+        if _finite("alpha", value) == 0:
+            raise ValueError("alpha must not be 0; a multiplier of 0 switches an adapter off")
+        self._set_scale(self._multiplier, float(value))
+
+    def _set_scale(self, multiplier: float, alpha: float) -> None:
+        if self._merged:
+            raise ValueError(f"adapter {self.name!r} is merged; unmerge it to change its scale")
+        self._multiplier, self._alpha = multiplier, alpha
+        self._scale = multiplier * alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+        self._on = self._scale != 0
+        self._scale_tensor.fill_(self._scale)
+        self._look_around()
+
+    def _look_around(self) -> None:
+        """Note whether this is the one adapter of a Linear and runs; a slim forward asks."""
+        plain = not isinstance(self._modules["base"], Adapter)
+        self._alone = plain and self.kind == "linear" and self._on and not self._merged
+
+    def rebase(self, base: nn.Module) -> None:
+        """Sit on another module of the same stack, as after an adapter between was taken out."""
+        self.base = base
+        self._look_around()
+
+    def live_scale(self) -> float | Tensor:
+        """The scale as ops take it: a number, or under torch.compile a 0-dim tensor."""
+        return self._scale_tensor if torch.compiler.is_compiling() else self._scale
+
+    # forward
+
+    def chain(self) -> list["Adapter"]:
+        """This adapter and those under it, outermost first."""
+        found, at = [], self
+        while isinstance(at, Adapter):
+            found.append(at)
+            at = at._modules["base"]
+        return found
+
+    def forward(self, input: Tensor) -> Tensor:
+        root = self.root
+        adapters = [] if self._merged else [a for a in self.chain() if a._on]
+        if not adapters:
+            # not a call: the layer's hooks are this module's too, and have fired
+            return root.forward(input)
+        weight, bias = root.weight, getattr(root, "bias", None)
+        device = input.device.type
+        if self.kind == "embedding" or not _autocast_on(device):
+            return _run_all(adapters, root, input, weight, bias)
+        to = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            cast = (
+                t if t is None or t.dtype == torch.float64 else t.to(to)
+                for t in (input, weight, bias)
+            )
+            return _run_all(adapters, root, *cast)
+
+    @classmethod
+    def fused(
+        cls, adapters: list["Adapter"], layer: nn.Module, x: Tensor, weight: Tensor,
+        bias: Tensor | None,
+    ) -> Tensor | None:  # fmt: skip
+        """One op call for several adapters of this class; None when there is none for them."""
+        return None
+
+    # drop-in
+
+    @property
+    def _is_full_backward_hook(self) -> bool | None:
+        return self.root._is_full_backward_hook
+
+    @_is_full_backward_hook.setter
+    def _is_full_backward_hook(self, value: bool | None) -> None:
+        # nn.Module's own __init__ sets it before there is a layer
+        if "_modules" in self.__dict__:
+            self.root._is_full_backward_hook = value
+
+    def __getattr__(self, name: str):
+        own = self.__dict__
+        for table in ("_parameters", "_buffers", "_modules"):
+            if name in own.get(table, ()):
+                return own[table][name]
+        if name.startswith("__") or "base" not in own.get("_modules", ()):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        # of the layer only: another adapter's factors and numbers are not this one's
+        return getattr(self.root, name)
+
+    def __setattr__(self, name: str, value) -> None:
+        if name in ("weight", "bias"):
+            setattr(self.root, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.name!r}, rank={self.rank}, alpha={self.alpha:g},"
+            f" multiplier={self.multiplier:g}{', merged' if self._merged else ''}"
+        )
+
+    # checkpoints
+
+    def _own_prefix(self, prefix: str) -> str:
+        return prefix if self.name == "default" else f"{prefix}{self.name}."
+
+    def state_dict(self, *, destination=None, prefix="", keep_vars=False):
+        """As nn.Module's, with the layer's keys as they were before it was adapted."""
+        if destination is None:
+            destination = OrderedDict()
+            destination._metadata = OrderedDict()
+        base = self._modules["base"]
+        base.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
+        if self._merged and base is self.root:
+            # the file is of the frozen weight, or loading it would add the update twice
+            destination[prefix + "weight"] = self.frozen_weight
+        self._save_to_state_dict(destination, self._own_prefix(prefix), keep_vars)
+        return destination
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
+        if self._merged:
+            error_msgs.append(f"{prefix[:-1]} is merged; unmerge it before loading weights")
+        own, mine, rest = self._own_prefix(prefix), {}, {}
+        for key in [k for k in state_dict if k.startswith(prefix)]:
+            found = key.startswith(own) and key[len(own) :] in self._parameters
+            put, cut = (mine, len(own)) if found else (rest, len(prefix))
+            put[key[cut:]] = state_dict.pop(key)
+        state_dict.update({f"{prefix}base.{k}": v for k, v in rest.items()})
+        state_dict.update({prefix + k: v for k, v in mine.items()})
+        missing: list[str] = []
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
+        )
+        if mine:
+            missing_keys += missing
+
+    # merge
+
+    @property
+    def merged(self) -> bool:
+        """Whether the layer's weight holds the update now."""
+        return self._merged
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """W ← W + Σ ΔW of the chain, summed in float32; the frozen weight is kept beside it.
+
+        Called on the outermost adapter; nothing happens when it is merged already.
+        """
+        if self._merged:
+            return
+        chain, weight = self.chain(), self.root.weight
+        total = weight.to(layers.widest(weight.dtype), copy=True)
+        for adapter in chain:
+            if adapter._on:
+                total += adapter.delta_weight()
+        chain[-1].register_buffer("frozen_weight", weight.detach().clone(), persistent=False)
+        weight.copy_(total)
+        self._mark_merged(True)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """The frozen weight back, bit for bit; nothing happens when it is not merged."""
+        if not self._merged:
+            return
+        innermost = self.chain()[-1]
+        self.root.weight.copy_(innermost.frozen_weight)
+        del innermost.frozen_weight
+        self._mark_merged(False)
+
+    def _mark_merged(self, merged: bool) -> None:
+        for adapter in self.chain():
+            adapter._merged = merged
+            adapter._look_around()
+
+
+def _run_all(
+    adapters: list[Adapter], layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    first = type(adapters[0])
+    if all(type(a) is first for a in adapters):
+        y = first.fused(adapters, layer, x, weight, bias)
+        if y is not None:
+            return y
+    if x.is_floating_point() and x.dtype != weight.dtype:
+        raise ValueError(f"mixed dtypes: x is {x.dtype}, the layer's weight {weight.dtype}")
+    wide = layers.widest(weight.dtype)
+    if x.is_floating_point():
+        x = x.to(wide)
+        y = layers.run(layer, x, weight.to(wide), None if bias is None else bias.to(wide))
+    else:
+        # indices: only the rows that are looked up are widened
+        y = layers.run(layer, x, weight, None).to(wide)
+    for adapter in adapters:
+        y = y + adapter.delta_output(x)
+    return y.to(weight.dtype)
+
+
+def _autocast_on(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def _finite(what: str, value: float) -> float:
+    if not math.isfinite(value):
+        raise ValueError(f"{what} must be a finite number, got {value!r}")
+    return float(value)

@@ -1,0 +1,49 @@
+"""The LoRAs of one layer as a single op call, so that all share its sum and its rounding."""
+
+import torch
+from torch import Tensor, nn
+
+from lorakern.adapters import dropout, layers
+from lorakern.functional import lora_conv2d, lora_linear
+
+
+def one_call(
+    adapters: list, layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None
+) -> Tensor | None:
+    """layer(x; W + Σ ΔW) of LoRAs; None where no op does it: embeddings, dropout in a stack.
+
+    The factors of several are laid side by side, each up times its scale.
+    """
+    first = adapters[0]
+    if first.kind == "embedding":
+        return None
+    if first.kind == "conv2d" and x.dim() == 3:
+        y = one_call(adapters, layer, x[None], weight, bias)
+        return None if y is None else y[0]
+    if any(a.dropout and a.training for a in adapters):
+        if len(adapters) > 1 or not dropout.can_regenerate(x):
+            return None
+        factors = first.down.to(x.dtype), first.up.to(x.dtype)
+        settings = first.scale, layer, first.dropout, first.dropout_mode
+        return dropout.Dropped.apply(x, weight, bias, *factors, *settings)
+    if len(adapters) == 1:
+        down, up, scale = first.down.to(x.dtype), first.up.to(x.dtype), first.live_scale()
+    else:
+        down = torch.cat([a.down.to(x.dtype) for a in adapters])
+        up = torch.cat([(a.live_scale() * a.up).to(x.dtype) for a in adapters], 1)
+        scale = 1.0
+    if first.kind == "linear":
+        return lora_linear(x, weight, bias, down, up, scale)
+    return _convolve(layer, x, weight, bias, down, up, scale)
+
+
+def _convolve(conv: nn.Conv2d, x, weight, bias, down, up, scale) -> Tensor:
+    x, padding = layers.padded(conv, x)
+    pointwise = conv.kernel_size == conv.stride == (1, 1) and tuple(padding) == (0, 0)
+    if pointwise and conv.groups == 1 and x.is_contiguous(memory_format=torch.channels_last):
+        # rows of pixels, without a copy
+        rows = x.permute(0, 2, 3, 1)
+        y = lora_linear(rows, weight.flatten(1), bias, down.flatten(1), up.flatten(1), scale)
+        return y.permute(0, 3, 1, 2)
+    window = (conv.stride, padding, conv.dilation, conv.groups)
+    return lora_conv2d(x, weight, bias, down, up, scale, *window)

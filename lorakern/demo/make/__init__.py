@@ -1,0 +1,1 @@
+"""How the small base model of the demo was made: artwork, captions, training, scores."""

@@ -1,0 +1,145 @@
+"""Backward of lora_linear in Triton. Spec: lorakern/ops/lora_linear/reference.py
+
+dy is read once for dh = dy up and the partial sums of dup = s·dyᵀ h, and once more by the GEMM that
+makes dx = dy W + s·dh down in one float32 accumulator. Sums over rows are cut into slices that are
+added up in a fixed order by a second stage: no atomics, the same bits every time.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from lorakern.ops.lora_linear import triton_tables as tables
+from lorakern.ops.lora_linear.triton_kernel import add_low_rank, on, shrink
+from lorakern.ops.lora_linear.triton_tables import cdiv
+
+
+@triton.jit(do_not_specialize=["M", "steps", "factor"])
+def _row_products_kernel(
+    out_ptr, a_ptr, b_ptr, M, N, R, steps, factor,
+    TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """out[slice, N, R] = factor · a[M, N]ᵀ b[M, R] over a slice of steps · BLOCK_M rows.
+
+    R is at most BLOCK_R. TRANSPOSED: out is [slice, R, N].
+    """
+    cols_N = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rank_R, step_M = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_M)
+    first = tl.program_id(1).to(tl.int64) * steps * BLOCK_M
+    in_N, in_R = cols_N < N, rank_R < R
+
+    a_MN = a_ptr + (first + step_M)[:, None] * N + cols_N[None, :]
+    b_MR = b_ptr + (first + step_M)[:, None] * R + rank_R[None, :]
+    acc_NR = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+    for m in range(0, steps * BLOCK_M, BLOCK_M):
+        in_M = first + m + step_M < M
+        a = tl.load(a_MN, mask=in_M[:, None] & in_N[None, :], other=0.0)
+        b = tl.load(b_MR, mask=in_M[:, None] & in_R[None, :], other=0.0)
+        acc_NR = tl.dot(tl.trans(a), b, acc_NR, input_precision=PRECISION)
+        a_MN += BLOCK_M * N
+        b_MR += BLOCK_M * R
+
+    out_NR = out_ptr + tl.program_id(1).to(tl.int64) * N * R
+    if TRANSPOSED:
+        out_NR = out_NR + cols_N[:, None] + rank_R[None, :] * N
+    else:
+        out_NR = out_NR + cols_N[:, None] * R + rank_R[None, :]
+    tl.store(out_NR, factor * acc_NR, mask=in_N[:, None] & in_R[None, :])
+
+
+@triton.jit
+def _sum_slices(
+    out_ptr, parts_ptr, size, slices, block, BLOCK: tl.constexpr, BLOCK_S: tl.constexpr
+):
+    cols = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, slices, BLOCK_S):
+        part = first + tl.arange(0, BLOCK_S)
+        inside = (part < slices)[:, None] & (cols < size)[None, :]
+        at = part[:, None] * tl.cast(size, tl.int64) + cols[None, :]
+        total += tl.sum(tl.load(parts_ptr + at, mask=inside, other=0.0), axis=0)
+    tl.store(out_ptr + cols, total, mask=cols < size)
+
+
+@triton.jit(do_not_specialize=["slices", "slices2"])
+def _sum_slices_kernel(
+    out_ptr, parts_ptr, size, slices, out2_ptr, parts2_ptr, size2, slices2,
+    BLOCK: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """out[size] = the sum of parts[slices, size], and the same for a second pair, in one launch."""
+    block = tl.program_id(0)
+    blocks = tl.cdiv(size, BLOCK)
+    if block < blocks:
+        _sum_slices(out_ptr, parts_ptr, size, slices, block, BLOCK, BLOCK_S)
+    else:
+        _sum_slices(out2_ptr, parts2_ptr, size2, slices2, block - blocks, BLOCK, BLOCK_S)
+
+
+def lora_linear_bwd(dy, x, h, weight, down, up, scale, needs):
+    dy, x, h, weight, down, up = (t.contiguous() for t in (dy, x, h, weight, down, up))
+    need_dx, need_ddown, need_dup = needs
+    M, (N, R) = x.shape[:-1].numel(), up.shape
+    dx, ddown, dup = (
+        like.new_empty(like.shape if need else 0)
+        for like, need in zip((x, down, up), needs, strict=True)
+    )
+    if M == 0:
+        return dx, ddown.zero_(), dup.zero_()
+    sums = []
+    with on(x.device):
+        need_dh = need_dx or need_ddown
+        in_one_pass = need_dh and need_dup and tables.one_pass(N, R, dy.dtype)
+        if need_dh:
+            plan = tables.shrink(M, N, R, dy.dtype, dy.device, outer=in_one_pass)
+            if not need_dx:
+                # no GEMM follows that would add the slices up: one slice, in the final dtype
+                plan = tables.cut(plan.tile, N, 1)
+            parts = h.new_empty((plan.slices, M, R), dtype=torch.float32 if need_dx else h.dtype)
+            outer = _slices(sums, dup, cdiv(M, plan.tile.m)) if in_one_pass else None
+            shrink(plan, parts, dy, up, transposed=True, outer=outer, h=h, factor=scale)
+        if need_dup and not in_one_pass:
+            _row_products(sums, dup, dy, h, scale, transposed=False)
+        if need_dx:
+            dh = torch.empty_like(h) if need_ddown else None
+            add_low_rank(
+                dx, dy, weight, None, None, parts, dh, down, plan.slices, scale, transposed=True
+            )
+        else:
+            dh = parts if need_dh else None
+        if need_ddown:
+            _row_products(sums, ddown, x, dh, scale, transposed=True)
+        _sum(sums)
+    return dx, ddown, dup
+
+
+def _slices(sums, out, slices):
+    """Where to write `out` in that many slices: itself when there is one."""
+    if slices == 1:
+        return out
+    parts = torch.empty((slices, out.numel()), dtype=torch.float32, device=out.device)
+    sums.append((out, parts, out.numel(), slices))
+    return parts
+
+
+def _row_products(sums, out, a, b, factor, *, transposed):
+    M, N, R = a.shape[:-1].numel(), a.shape[-1], b.shape[-1]
+    plan = tables.rows(M, N, a.dtype, a.device)
+    tile, parts = plan.tile, _slices(sums, out, plan.slices)
+    _row_products_kernel[(cdiv(N, tile.n), plan.slices)](
+        parts, a, b, M, N, R, plan.steps, float(factor),
+        TRANSPOSED=transposed, PRECISION=tables.precision(a.dtype),
+        BLOCK_M=tile.k, BLOCK_N=tile.n, BLOCK_R=tables.padded(R),
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+
+def _sum(sums):
+    if not sums:
+        return
+    first, second = sums[0], sums[-1]
+    if len(sums) == 1:
+        # the grid has no block for it
+        second = (*first[:2], 0, 0)
+    blocks = cdiv(first[2], 128) + cdiv(second[2], 128)
+    _sum_slices_kernel[(blocks,)](*first, *second, BLOCK=128, BLOCK_S=32, num_warps=4)

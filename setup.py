@@ -1,0 +1,82 @@
+"""Builds lorakern._native from csrc/ against the torch that is installed.
+
+LORAKERN_BUILD: auto (default) builds what it can and, where it cannot, installs pure Python and
+    says why; cpu and cuda build that or fail with the reason; none builds nothing.
+LORAKERN_ARCH: instruction set of a portable wheel (x86-64-v3, armv8.2-a, ...); default: this
+    machine's. TORCH_CUDA_ARCH_LIST is torch's own switch for CUDA.
+"""
+
+import os
+import platform
+import sys
+from glob import glob
+
+from setuptools import setup
+from setuptools.errors import CompileError, LinkError
+
+MODES = ("auto", "cpu", "cuda", "none")
+
+
+def compile_flags(arch: str | None) -> list[str]:
+    native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
+    openmp = ["-fopenmp"] if sys.platform == "linux" else []
+    return ["-O3", "-g0", f"-march={arch}" if arch else native, *openmp]
+
+
+def give_up(mode: str, reason: str) -> dict:
+    """No extension in mode auto, an error in the others.
+
+    Raises:
+        SystemExit: the mode asks for what cannot be built.
+    """
+    if mode != "auto":
+        raise SystemExit(f"LORAKERN_BUILD={mode}: {reason}")
+    print(f"WARNING: lorakern is installed without its compiled kernels: {reason}", file=sys.stderr)
+    return {}
+
+
+def extension(mode: str) -> dict:
+    """The arguments for setup() that build the extension; none when there is nothing to build.
+
+    Raises:
+        SystemExit: the mode is unknown, or it asks for what cannot be built.
+    """
+    if mode not in MODES:
+        raise SystemExit(f"LORAKERN_BUILD: want one of {', '.join(MODES)}, got {mode!r}")
+    if mode == "none":
+        return {}
+    try:
+        import torch
+        from torch.utils import cpp_extension
+    except ImportError as missing:
+        return give_up(mode, f"{missing}; install beside torch with pip --no-build-isolation")
+    cuda_sources = sorted(glob("csrc/cuda/*.cu"))
+    no_cuda = (
+        (not cuda_sources and "csrc/cuda has no .cu file")
+        or (not torch.version.cuda and f"torch {torch.__version__} has no CUDA")
+        or (not cpp_extension.CUDA_HOME and "no nvcc was found; set CUDA_HOME")
+    )
+    if mode == "cuda" and no_cuda:
+        return give_up(mode, no_cuda)
+    with_cuda = mode != "cpu" and not no_cuda
+    kind = cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension
+
+    class Build(cpp_extension.BuildExtension):
+        def run(self):
+            try:
+                super().run()
+            except (CompileError, LinkError, RuntimeError, OSError) as failed:
+                self.extensions = []
+                give_up(mode, f"the build failed: {failed}")
+
+    native = kind(
+        "lorakern._native",
+        sorted(glob("csrc/cpu/*.cpp")) + (cuda_sources if with_cuda else []),
+        include_dirs=[os.path.abspath("csrc")],
+        extra_compile_args={"cxx": compile_flags(os.environ.get("LORAKERN_ARCH")), "nvcc": ["-O3"]},
+    )
+    return {"ext_modules": [native], "cmdclass": {"build_ext": Build}}
+
+
+if __name__ == "__main__":
+    setup(**extension(os.environ.get("LORAKERN_BUILD", "auto")))

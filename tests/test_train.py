@@ -1,0 +1,521 @@
+"""The trainer on a tiny random model: it learns, it resumes bit for bit, it loses nothing."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import lorakern
+from lorakern import cache, checkpoint, config, models
+from lorakern import run as runs
+from lorakern.train import GIVE_UP, Diverged, train
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    # layers this small only wait for each other on more
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A model, pictures, and a cache that the tests share."""
+    home = tmp_path_factory.mktemp("home")
+    tiny.saved(home)
+    tiny.images(home / "data", 5)
+    return home
+
+
+@pytest.fixture
+def make(home, tmp_path):
+    """settings -> Config of a short run in tmp_path."""
+
+    def make(output="out", **changes) -> config.Config:
+        table = {
+            "model": str(home / "model"), "data": home / "data", "output": tmp_path / output,
+            "cache": home / "cache", "resolution": 16, "steps": 4, "batch_size": 2,
+            "caption_dropout": 0.3, "adapter": {"rank": 4}, "optimizer": {"lr": 3e-3},
+        }  # fmt: skip
+        return config.from_dict(table | changes)
+
+    return make
+
+
+def fit(chosen, **options):
+    return train(chosen, bar=False, **options)
+
+
+def factors(output: Path) -> dict[str, torch.Tensor]:
+    return load_file(checkpoint.newest(output).path / "adapter.safetensors")
+
+
+def lines_of(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys() and one
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+class Interrupt(Exception):
+    """Breaks a run off in a test."""
+
+
+def break_off_at(step: int):
+    def on_step(progress):
+        if progress.step == step:
+            raise Interrupt
+
+    return on_step
+
+
+def test_loss_falls_on_a_batch_it_knows(home, make, monkeypatch):
+    chosen = make(steps=80, batch_size=5, caption_dropout=0.0,
+                  adapter={"rank": 16, "targets": "full"}, optimizer={"lr": 1e-2})  # fmt: skip
+    # the same noise at each step: the batch can be learned by heart
+    draw = runs.diffusion.draw
+    monkeypatch.setattr(runs.diffusion, "draw", lambda seed, _, *rest: draw(seed, 0, *rest))
+    losses = fit(chosen).losses
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"adapter": {"rank": 4, "text_encoder": True}},
+        {"accumulate": 3, "optimizer": {"lr": 3e-3, "schedule": "cosine", "warmup": 2}},
+        {"adapter": {"rank": 4, "options": {"dropout": 0.2}}, "optimizer":
+            {"lr": 3e-3, "name": "torch.optim:NAdam"}},
+        {"precision": "bf16", "gradient_checkpointing": True, "loss": {"min_snr": 5}},
+    ],
+    ids=["plain", "text encoder", "accumulate, cosine", "dropout, nadam", "bf16, checkpointing"],
+)  # fmt: skip
+def test_resume_is_bit_equal(make, changes):
+    whole, parts = make("whole", steps=20, **changes), make("parts", steps=20, **changes)
+    losses = fit(whole).losses
+    with pytest.raises(Interrupt):
+        fit(parts, on_step=break_off_at(10))
+    assert checkpoint.newest(parts.output).step == 10
+    # what the caller did to the global random state in between is of no matter
+    torch.manual_seed(123)
+    rest = fit(parts.model_copy(update={"resume": True}))
+    assert rest.losses == losses[10:]
+    assert_same(factors(whole.output), factors(parts.output))
+    assert_same(load_file(whole.output / "adapter.safetensors"),
+                load_file(parts.output / "adapter.safetensors"))  # fmt: skip
+
+
+def test_kill_dash_nine_and_resume(make):
+    whole, killed = make("whole", steps=14), make("killed", steps=14, checkpoint={"every": 2})
+    fit(whole)
+    words = [f"--{key}={value}" for key, value in killed.fixed().items() if value is not None]
+    words = [w for w in words if "options" not in w]
+    words += [f"--output={killed.output}", f"--cache={killed.cache}", "--steps=100000",
+              "--checkpoint.every=2"]  # fmt: skip
+    log = killed.output.parent / "stderr"
+    with open(log, "w") as err:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "lorakern.cli", "train", *words], stderr=err,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        )  # fmt: skip
+    while not (killed.output / "checkpoints" / "step-000004").exists():
+        assert child.poll() is None, log.read_text()
+        time.sleep(0.01)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    reached = checkpoint.newest(killed.output).step
+    assert reached >= 4 and reached % 2 == 0
+    steps = max(14, reached + 4)
+    if steps > 14:
+        fit(make("whole", steps=steps, resume=True))
+    fit(killed.model_copy(update={"resume": True, "steps": steps}))
+    assert_same(factors(whole.output), factors(killed.output))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_between_steps(make, number):
+    chosen = make(steps=50)
+    before = signal.getsignal(number)
+    result = fit(chosen, on_step=lambda p: p.step == 3 and os.kill(os.getpid(), number))
+    assert result.stopped == number and result.step == 3 and len(result.losses) == 3
+    assert checkpoint.newest(chosen.output).step == 3
+    assert result.paths[0].exists()
+    assert signal.getsignal(number) is before
+
+
+def test_a_run_broken_off_inside_the_update_saves_nothing_half(make, monkeypatch):
+    chosen = make(steps=8, checkpoint={"every": 2})
+
+    def half(self, *_):
+        raise MemoryError
+
+    def on_step(progress):
+        if progress.step == 5:
+            monkeypatch.setattr(torch.optim.AdamW, "step", half)
+
+    with pytest.raises(MemoryError):
+        fit(chosen, on_step=on_step)
+    assert checkpoint.newest(chosen.output).step == 4
+
+
+def test_loss_that_is_not_finite_never_reaches_the_weights(make, monkeypatch):
+    chosen = make(steps=6)
+    honest = runs.diffusion.loss
+
+    def poisoned(predicted, *rest, **options):
+        calls.append(None)
+        loss = honest(predicted, *rest, **options)
+        return loss * float("nan") if len(calls) in (3, 4) else loss
+
+    calls = []
+    monkeypatch.setattr(runs.diffusion, "loss", poisoned)
+    result = fit(chosen)
+    assert result.skipped == 2 and result.step == 6
+    assert all(t.isfinite().all() for t in factors(chosen.output).values())
+    lines = lines_of(chosen.output / "log.jsonl")
+    skipped = [line for line in lines if line.get("skipped")]
+    assert [line["step"] for line in skipped] == [3, 4]
+    assert all(line["loss"] == "nan" and "data" in line["images"][0] for line in skipped)
+
+
+def test_gradient_that_is_not_finite_never_reaches_the_weights(make, monkeypatch):
+    chosen = make(steps=2)
+    honest = runs.diffusion.loss
+
+    def steep(predicted, *rest, **options):
+        # a finite loss whose gradient is infinite
+        return honest(predicted, *rest, **options) + (predicted.sum() * 0).sqrt()
+
+    monkeypatch.setattr(runs.diffusion, "loss", steep)
+    result = fit(chosen)
+    assert result.skipped == 2 and all(torch.isfinite(torch.tensor(result.losses)))
+    for name, factor in factors(chosen.output).items():
+        assert name.endswith("down") or not factor.any()
+
+
+def test_a_run_that_diverges_stops_and_names_images(make, monkeypatch):
+    chosen = make(steps=40, checkpoint={"every": 1})
+    monkeypatch.setattr(runs.diffusion, "loss", lambda p, *_, **__: p.sum() * float("inf"))
+    with pytest.raises(Diverged, match=rf"step {GIVE_UP}, .* never|.png"):
+        fit(chosen)
+    for factor in factors(chosen.output).values():
+        assert factor.isfinite().all()
+    assert '"error"' in (chosen.output / "log.jsonl").read_text().splitlines()[-1]
+
+
+def test_base_weights_stay_bit_for_bit(home, make, monkeypatch):
+    seen = {}
+    prepare = runs.prepare
+
+    def watched(*args, **options):
+        seen["run"] = prepare(*args, **options)
+        return seen["run"]
+
+    monkeypatch.setattr("lorakern.train.prepare", watched)
+    fit(make(adapter={"rank": 4, "text_encoder": True, "targets": "full"}))
+    fresh = models.load(str(home / "model"))
+    for component, module in seen["run"].trained.items():
+        lorakern.eject(module)
+        assert_same(fresh.pipe.components[component].state_dict(), module.state_dict())
+
+
+def test_gradient_checkpointing_changes_no_number(make):
+    text = {"rank": 4, "text_encoder": True}
+    one, other = make("one", adapter=text), make("other", adapter=text, gradient_checkpointing=True)
+    assert fit(one).losses == fit(other).losses
+    assert_same(factors(one.output), factors(other.output))
+
+
+def test_bf16_keeps_factors_in_float32(make):
+    one, other = make("one", steps=8), make("other", steps=8, precision="bf16")
+    exact, rounded = fit(one).losses, fit(other).losses
+    assert rounded != exact
+    assert all(abs(a - b) < 0.02 * a for a, b in zip(exact, rounded, strict=True))
+    moved = [t for name, t in factors(other.output).items() if name.endswith("up")]
+    assert all(t.dtype == torch.float32 for t in moved)
+    # masters that were rounded to bf16 would have no bits below it
+    assert any((t != t.bfloat16().float()).any() for t in moved)
+
+
+def test_accumulating_is_a_larger_batch(make, monkeypatch):
+    """Two batches of 1 give the gradient of one batch of 2, when the noise is the same."""
+
+    def draw(seed, index, shape, steps):
+        return torch.full((shape[0],), 500), torch.ones(2, *shape), torch.ones(shape[0])
+
+    monkeypatch.setattr(runs.diffusion, "draw", draw)
+    same = {"steps": 1, "caption_dropout": 0.0, "optimizer": {"lr": 1e-3, "clip": 0}}
+    large, small = (
+        make("large", batch_size=5, **same),
+        make("small", batch_size=1, accumulate=5, **same),
+    )
+    one, other = fit(large), fit(small)
+    assert one.losses == pytest.approx(other.losses, rel=1e-5)
+    lines = [
+        json.loads((c.output / "log.jsonl").read_text().splitlines()[1]) for c in (large, small)
+    ]
+    assert lines[0]["grad_norm"] == pytest.approx(lines[1]["grad_norm"], rel=1e-4)
+
+
+def test_clipping_bounds_the_step(make):
+    sgd = {"name": "torch.optim:SGD", "lr": 1.0}
+    fit(make("free", steps=1, optimizer=sgd | {"clip": 0}))
+    chosen = make("clipped", steps=1, optimizer=sgd | {"clip": 1e-4})
+    fit(chosen)
+    moved = [t for name, t in factors(chosen.output).items() if name.endswith("up")]
+    norm = torch.stack([t.norm() for t in moved]).norm().item()
+    assert norm == pytest.approx(1e-4, rel=1e-2)
+
+
+def test_velocity_and_min_snr_reach_the_loss(home, make, tmp_path):
+    plain = fit(make("plain", steps=2)).losses
+    velocity = fit(make("velocity", steps=2, loss={"predicts": "velocity"})).losses
+    weighted = fit(make("weighted", steps=2, loss={"min_snr": 1.0})).losses
+    assert len({tuple(x) for x in (plain, velocity, weighted)}) == 3
+    # the model's own scheduler decides when nothing is said
+    model = tmp_path / "model"
+    shutil.copytree(home / "model", model)
+    about = model / "scheduler" / "scheduler_config.json"
+    about.write_text(about.read_text().replace("epsilon", "v_prediction"), encoding="utf-8")
+    assert fit(make("auto", steps=2, model=str(model))).losses == velocity
+
+
+def test_sdxl_trains_and_resumes(make, tmp_path):
+    model = tmp_path / "xl"
+    tiny.pipeline_xl(tmp_path / "parts").save_pretrained(model)
+    for name, text_encoder in (("unet", False), ("both", True)):
+        chosen = make(name, model=str(model), adapter={"rank": 2, "text_encoder": text_encoder})
+        losses = fit(chosen).losses
+        assert len(losses) == 4 and all(loss > 0 for loss in losses)
+    trained = factors(chosen.output)
+    for part in ("unet.", "text_encoder.", "text_encoder_2."):
+        ups = [t for name, t in trained.items() if name.startswith(part) and name.endswith("up")]
+        assert any(t.any() for t in ups), part
+
+
+def test_cache_is_used_and_follows_the_content(home, make, tmp_path, monkeypatch):
+    copy = tmp_path / "data"
+    shutil.copytree(home / "data", copy)
+    encoded = []
+    honest = models.Base.encode_image
+    monkeypatch.setattr(
+        models.Base, "encode_image", lambda self, x: encoded.append(x) or honest(self, x)
+    )
+    chosen = {"data": copy, "cache": None, "steps": 1}
+    fit(make("first", **chosen))
+    assert len(encoded) == 5
+    shared = {**chosen, "cache": tmp_path / "first" / "cache"}
+    one = fit(make("second", **shared)).losses
+    assert len(encoded) == 5
+    # a new picture under an old name, an old picture under a new name, a torn entry
+    image = next(copy.glob("0-*.png"))
+    Image.new("RGB", (16, 16), "orange").save(image)
+    (copy / "1-green.png").rename(copy / "9-green.png")
+    (copy / "1-green.txt").rename(copy / "9-green.txt")
+    fit(make("third", **shared))
+    assert len(encoded) == 6
+    shutil.rmtree(copy)
+    shutil.copytree(home / "data", copy)
+    torn = max(shared["cache"].iterdir(), key=lambda f: f.stat().st_size)
+    torn.write_bytes(torn.read_bytes()[:50])
+    cache.entry.cache_clear()
+    assert fit(make("fourth", **shared)).losses == one
+    assert len(encoded) in (6, 7)
+    assert not list(shared["cache"].glob(".*"))
+    assert sorted(p.name for p in copy.iterdir()) == sorted(
+        p.name for p in (home / "data").iterdir()
+    )
+
+
+def test_another_encoder_has_its_own_entries(home, make, tmp_path):
+    model = tmp_path / "model"
+    pipe = tiny.pipeline(tmp_path / "parts")
+    with torch.no_grad():
+        pipe.vae.quant_conv.bias.add_(0.5)
+    pipe.save_pretrained(model)
+    shared = tmp_path / "cache"
+    fit(make("one", cache=shared, steps=1))
+    before = {f.name for f in shared.iterdir()}
+    fit(make("two", cache=shared, steps=1, model=str(model)))
+    # five latents anew; the texts are of the same text encoder
+    assert len({f.name for f in shared.iterdir()} - before) == 5
+
+
+def test_cached_conditions_are_the_models_own(home, tmp_path):
+    base = models.load(str(home / "model"))
+    captions = ["a red square", ""]
+    texts = cache.encode_texts(base, [base.tokens(c) for c in captions], tmp_path)
+    context, pooled = texts(torch.stack([base.tokens(c) for c in captions]))
+    want, _ = base.pipe.encode_prompt("a red square", "cpu", 1, False)
+    assert torch.equal(context[:1], want) and pooled is None
+    unconditional, _ = base.pipe.encode_prompt("", "cpu", 1, False)
+    assert torch.equal(context[1:], unconditional)
+
+
+def test_bad_images_are_listed_and_training_goes_on(home, make, tmp_path, capsys):
+    folder = tmp_path / "data"
+    shutil.copytree(home / "data", folder)
+    (folder / "torn.png").write_bytes((folder / "0-red.png").read_bytes()[:300])
+    (folder / "empty.jpg").write_bytes(b"")
+    (folder / "text.png").write_text("not a picture", encoding="utf-8")
+    for name in ("torn", "empty", "text"):
+        (folder / f"{name}.txt").write_text("a thing", encoding="utf-8")
+    chosen = make(data=folder)
+    result = fit(chosen)
+    assert {b.path.name for b in result.bad} == {"torn.png", "empty.jpg", "text.png"}
+    listed = lines_of(chosen.output / "bad_images.jsonl")
+    assert len(listed) == 3 and all(entry["reason"] for entry in listed)
+    assert "3 images are left out" in capsys.readouterr().err
+    for good in folder.glob("[0-9]*"):
+        good.unlink()
+    with pytest.raises(ValueError, match=r"none of 3 images.*empty.jpg: the file is empty"):
+        fit(make("none", data=folder))
+
+
+def test_buckets_keep_aspect_ratios(home, make, tmp_path):
+    folder = tiny.images(tmp_path / "data", 3, size=(64, 36))
+    base = models.load(str(home / "model"))
+    assert base.bucket_step == 4 and base.latent_factor == 2
+    chosen = make(data=folder, resolution=16)
+    assert fit(chosen).step == 4
+    entries = [load_file(f) for f in chosen.cache.iterdir()]
+    assert [4, 10] in [list(e["mean"].shape[1:]) for e in entries if "mean" in e]
+
+
+def test_a_broken_checkpoint_is_passed_over(make):
+    chosen = make(steps=6, checkpoint={"every": 2, "keep": 3})
+    fit(chosen)
+    folders = sorted((chosen.output / "checkpoints").iterdir())
+    assert [f.name for f in folders] == ["step-000002", "step-000004", "step-000006"]
+    state = folders[-1] / "state.pt"
+    state.write_bytes(state.read_bytes()[:-100] + bytes(100))
+    (folders[-2] / "adapter.safetensors").unlink()
+    assert checkpoint.newest(chosen.output).step == 2
+    want = factors(make("whole", steps=6).output) if fit(make("whole", steps=6)) else None
+    fit(chosen.model_copy(update={"resume": True}))
+    assert_same(factors(chosen.output), want)
+
+
+def test_a_checkpoint_appears_whole_or_not_at_all(make, monkeypatch):
+    chosen = make(steps=2, checkpoint={"every": 1})
+    renamed = os.rename
+
+    def refuse(source, target):
+        raise OSError("disk is gone")
+
+    def on_step(progress):
+        monkeypatch.setattr(os, "rename", refuse)
+
+    with pytest.raises(OSError, match="disk is gone"):
+        fit(chosen, on_step=on_step)
+    monkeypatch.setattr(os, "rename", renamed)
+    assert [p.name for p in (chosen.output / "checkpoints").iterdir()] == ["step-000001"]
+
+
+def test_resume_refuses_another_run_and_a_second_start(make):
+    chosen = make()
+    fit(chosen)
+    with pytest.raises(ValueError, match="holds the checkpoints of a run"):
+        fit(chosen)
+    with pytest.raises(ValueError, match=r"adapter.rank was 4, is 8; seed was 0, is 1"):
+        fit(make(resume=True, seed=1, adapter={"rank": 8}))
+    with pytest.raises(ValueError, match="no whole checkpoint"):
+        fit(make("other", resume=True))
+
+
+def test_longer_run_from_a_finished_one(make):
+    fit(make("whole", steps=6))
+    fit(make("parts", steps=3))
+    assert len(fit(make("parts", steps=6, resume=True)).losses) == 3
+    assert_same(factors(make("whole").output), factors(make("parts").output))
+
+
+def test_files_work_in_stock_diffusers(home, make):
+    from diffusers import StableDiffusionPipeline
+
+    chosen = make(steps=10, formats=["kohya", "diffusers", "peft"], optimizer={"lr": 3e-2})
+    paths = fit(chosen).paths
+    assert [p.exists() for p in paths] == [True] * 3
+    mine = models.load(str(home / "model"))
+    lorakern.load(mine.pipe, paths[0])
+    options = {"seed": 0, "steps": 3, "guidance": 3.0, "size": (16, 16)}
+    (want,) = models.draw(mine, ["a red square"], **options)
+    with models.quiet_libraries():
+        stock = StableDiffusionPipeline.from_pretrained(home / "model")
+        (bare,) = models.draw(models.Base(stock, xl=False), ["a red square"], **options)
+        stock.load_lora_weights(str(paths[1]))
+        (got,) = models.draw(models.Base(stock, xl=False), ["a red square"], **options)
+
+    def off(a, b):
+        return max(abs(x - y) for x, y in zip(a.tobytes(), b.tobytes(), strict=True))
+
+    assert off(got, want) <= 1 and off(bare, want) > 1
+
+
+def test_samples_and_log_are_written_and_change_nothing(make):
+    drawn = make(
+        "drawn", sample={"every": 2, "prompts": ["a red square", "x"], "rows": 2, "steps": 2}
+    )
+    plain = make("plain")
+    assert fit(drawn).losses == fit(plain).losses
+    for step in (2, 4):
+        assert Image.open(drawn.output / "samples" / f"step-00000{step}.png").size == (34, 34)
+    lines = lines_of(drawn.output / "log.jsonl")
+    assert [line.get("event") for line in lines] == ["start", *[None] * 4, "end"]
+    assert lines[0]["config"]["adapter"]["rank"] == 4 and lines[0]["images"] == 5
+    assert [line["step"] for line in lines[1:5]] == [1, 2, 3, 4]
+    assert list((drawn.output / "tensorboard").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "nowhere/at/all"}, "model nowhere/at/all: no such folder"),
+        ({"resolution": 18}, "multiple of 4"),
+        ({"optimizer": {"name": "adam"}}, "module:Class"),
+        ({"optimizer": {"name": "torch.optim:Nope"}}, "Nope"),
+        ({"optimizer": {"options": {"bettas": 1}}}, "bettas"),
+        ({"optimizer": {"warmup": 3}}, "constant_with_warmup"),
+        ({"adapter": {"algo": "loora"}}, "loora"),
+        ({"adapter": {"options": {"dropuot": 0.1}}}, "dropuot"),
+        ({"adapter": {"targets": "no_such_layer"}}, "no_such_layer"),
+        ({"device": "tpu9"}, "device tpu9"),
+        ({"formats": ["kohia"]}, "kohia"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_settings_that_cannot_work_are_named(make, changes, message):
+    with pytest.raises(ValueError, match=message):
+        fit(make(**changes))
+
+
+def test_model_folders_that_cannot_work_are_named(home, make, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(ValueError, match=r"no model_index.json"):
+        fit(make(model=str(empty)))
+    (empty / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    with pytest.raises(ValueError, match=r"FluxPipeline; want StableDiffusionPipeline"):
+        fit(make(model=str(empty)))
+    torn = tmp_path / "torn"
+    shutil.copytree(home / "model", torn)
+    weights = torn / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="torn cannot be loaded"):
+        fit(make(model=str(torn)))

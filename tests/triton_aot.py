@@ -1,0 +1,102 @@
+"""Compiles what a Triton launcher launches, for GPUs that are not there.
+
+`launches` runs a launcher on meta tensors, with recorders in the place of its kernels: what it
+returns is what would run, with every constant and option. `compile_for` turns one launch into a
+cubin and reads its resource usage. Both need a process without TRITON_INTERPRET.
+"""
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+# the most shared memory of one program, in bytes; CUDA C++ Programming Guide, compute capabilities
+SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+MATRIX = {80: "mma.sync", 89: "mma.sync", 90: "wgmma", 100: "tcgen05.mma", 120: "mma.sync"}
+_CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Registers of a thread; shared, local and stack memory in bytes; the PTX's matrix instruction,
+    "" for none."""
+
+    kernel: str
+    constants: str
+    registers: int
+    shared: int
+    local: int
+    stack: int
+    instruction: str
+
+
+class _Recorder:
+    def __init__(self, kernel, calls):
+        self.kernel, self.calls = kernel, calls
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: self.calls.append((self.kernel, args, options))
+
+
+def launches(function, *args, modules):
+    """[(kernel, args, options)] of one launcher call, in order; nothing runs."""
+    calls, kept = [], []
+    for module in modules:
+        for name, value in list(vars(module).items()):
+            if isinstance(value, JITFunction) and name.endswith("_kernel"):
+                kept.append((module, name, value))
+                setattr(module, name, _Recorder(value, calls))
+    try:
+        function(*args)
+    finally:
+        for module, name, value in kept:
+            setattr(module, name, value)
+    return calls
+
+
+def compile_for(capability, kernel, args, options):
+    """The Usage of one launch on sm_<capability>; raises when it does not compile."""
+    run = {k: v for k, v in options.items() if k in ("num_warps", "num_stages")}
+    target = GPUTarget("cuda", capability, 32)
+    source = _source(kernel, args, options)
+    made = triton.compile(source, target=target, options=run)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        dump = [_CUOBJDUMP, "--dump-resource-usage", file.name]
+        text = subprocess.run(dump, check=True, capture_output=True, text=True).stdout
+    used = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    found = set(re.findall(r"wgmma(?=\.mma_async)|tcgen05\.mma|mma\.sync", made.asm["ptx"]))
+    constants = [f"{k}={v}" for k, v in options.items() if k.startswith(("BLOCK", "num"))]
+    return Usage(
+        kernel.__name__, " ".join(constants), used["REG"], made.metadata.shared,
+        used["LOCAL"], used["STACK"], "+".join(sorted(found)),
+    )  # fmt: skip
+
+
+def _source(kernel, args, options):
+    # as Triton's launcher specializes: None and 1 are constants, multiples of 16 are marked
+    signature, constexprs, attrs = {}, {}, {}
+    for i, param in enumerate(kernel.params):
+        value = args[i] if i < len(args) else options[param.name]
+        counted = isinstance(value, int) and not param.do_not_specialize
+        if param.is_constexpr or value is None or (counted and value == 1):
+            signature[param.name], constexprs[param.name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[param.name] = "*" + _TYPES[value.dtype]
+            attrs[(i,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[param.name] = "fp32"
+        else:
+            signature[param.name] = "i32" if value < 2**31 else "i64"
+            if counted and value % 16 == 0:
+                attrs[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constexprs, attrs)
