@@ -135,7 +135,7 @@ def write(files: Mapping[Path, bytes]) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    # a rename is on disk once its folder is; Windows cannot open folders, and does not need to
+    """Put a folder's renames on disk; Windows cannot open folders, and does not need to."""
     if os.name == "nt":
         return
     handle = os.open(folder, os.O_RDONLY)
