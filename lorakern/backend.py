@@ -118,13 +118,12 @@ def pick(op: str | Op, *args) -> str:
         ValueError: the backend forced by `use` refuses; the message is its reason.
     """
     op = _find(op)
-    forced = _forced.get(op.name, _forced.get("*"))
-    if forced is not None:
-        if forced != "reference" and forced not in op.kernels:
-            raise ValueError(f"{op.name} has no backend {forced!r}: {', '.join(why(op, *args))}")
-        if reason := op.refusal(forced, *args):
-            raise ValueError(f"{op.name}: {forced} cannot run: {reason}")
-        return forced
+    if (name := forced(op)) is not None:
+        if name != "reference" and name not in op.kernels:
+            raise ValueError(f"{op.name} has no backend {name!r}: {', '.join(why(op, *args))}")
+        if reason := op.refusal(name, *args):
+            raise ValueError(f"{op.name}: {name} cannot run: {reason}")
+        return name
     able = [b for b in op.kernels if op.refusal(b, *args) is None]
     costs = [op.kernels[b].cost for b in able]
     if able and all(costs):
@@ -132,7 +131,19 @@ def pick(op: str | Op, *args) -> str:
     return able[0] if able else "reference"
 
 
+def forced(op: str | Op) -> str | None:
+    """The backend that `use` forces for an op, or None."""
+    return _forced.get(_find(op).name, _forced.get("*"))
+
+
+def memory_of_picks() -> dict:
+    """A dictionary for what follows from picks; it is emptied when `use` begins or ends."""
+    _memories.append({})
+    return _memories[-1]
+
+
 _forced: dict[str, str] = {}
+_memories: list[dict] = []
 
 
 @contextmanager
@@ -158,6 +169,8 @@ def use(backend: str | None = None, **by_op: str) -> Iterator[None]:
 def _forget_picks() -> None:
     for op in OPS.values():
         op._picked.clear()
+    for memory in _memories:
+        memory.clear()
 
 
 def _find(op: str | Op) -> Op:

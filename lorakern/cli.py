@@ -311,7 +311,7 @@ def _config_help(command: str) -> str:
     from lorakern import config
 
     lines = []
-    for key, field in config.keys().items():
+    for key, field in config.fields().items():
         required = field.is_required()
         default = "required" if required else _toml(field.default)
         lines.append(f"  --{key:<26} {field.description} ({default})")

@@ -126,12 +126,12 @@ class Config(Section):
         return {k: v for k, v in _flat(whole) if k.split(".")[0] not in FREE_ON_RESUME}
 
 
-def keys(section: type[Section] = Config, prefix: str = "") -> dict[str, Any]:
+def fields(section: type[Section] = Config, prefix: str = "") -> dict[str, Any]:
     """Every key by its dotted name, with its pydantic field (type, default, description)."""
     found = {}
     for name, field in section.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            found |= keys(field.annotation, f"{prefix}{name}.")
+            found |= fields(field.annotation, f"{prefix}{name}.")
         else:
             found[prefix + name] = field
     return found
@@ -193,11 +193,11 @@ def _pairs(words: list[str]) -> list[tuple[str, str]]:
             raise ValueError(f"want --key value, got {word!r}")
         key, equals, text = word[2:].partition("=")
         key = key.replace("-", "_")
-        if key not in keys():
-            raise ValueError(f"unknown key --{key}{suggest(key, keys())}")
+        if key not in fields():
+            raise ValueError(f"unknown key --{key}{suggest(key, fields())}")
         if not equals:
             flag = not words or words[0].startswith("--")
-            if flag and keys()[key].annotation is not bool:
+            if flag and fields()[key].annotation is not bool:
                 raise ValueError(f"--{key} wants a value")
             text = "true" if flag else words.pop(0)
         pairs.append((key, text))
@@ -209,7 +209,7 @@ def _value(key: str, text: str) -> Any:
         value = tomllib.loads(f"v = {text}")["v"]
     except tomllib.TOMLDecodeError:
         return text
-    kinds = _kinds(keys()[key].annotation)
+    kinds = _kinds(fields()[key].annotation)
     return text if {str, Path} & kinds and not isinstance(value, (str, *kinds)) else value
 
 
@@ -230,7 +230,7 @@ def _set(table: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    known = keys()
+    known = fields()
     flat = []
     for name, value in table.items():
         whole = prefix + name
@@ -241,9 +241,9 @@ def _flat(table: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 def _explain(error: dict[str, Any]) -> str:
     key = ".".join(str(part) for part in error["loc"] if isinstance(part, str))
     if error["type"] == "extra_forbidden":
-        sections = [n for n, f in Config.model_fields.items() if f.annotation.__base__ is Section]
-        return f"unknown key {key}{suggest(key, [*keys(), *sections])}"
+        sections = {known.partition(".")[0] for known in fields()}
+        return f"unknown key {key}{suggest(key, [*fields(), *sorted(sections)])}"
     if error["type"] == "missing":
-        return f"{key} is required: {keys()[key].description}"
+        return f"{key} is required: {fields()[key].description}"
     message = error["msg"].removeprefix("Value error, ")
     return f"{key}: {message}, got {error['input']!r}" if key else message

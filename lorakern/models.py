@@ -26,6 +26,8 @@ from lorakern.diffusion import PREDICTS
 from lorakern.formats import storage
 
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+# pictures that are drawn together
+AT_ONCE = 4
 # of no use in training, and the safety checker is 1.2 GB
 _LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")
 
@@ -39,6 +41,7 @@ class Base:
         predicts: "noise" or "velocity".
         bucket_step: image sizes are multiples of it, in pixels.
         xl: whether there are two text encoders, a pooled text and sizes as conditions.
+        zero_empty: whether no caption means zeros (some XL), not the text of an empty one.
     """
 
     def __init__(self, pipe: Any, *, xl: bool):
@@ -50,6 +53,8 @@ class Base:
         if kind not in PREDICTS:
             raise ValueError(f"the model predicts {kind!r}; want one of {', '.join(PREDICTS)}")
         self.predicts = PREDICTS[kind]
+        settings = getattr(pipe, "config", {})
+        self.zero_empty = xl and settings.get("force_zeros_for_empty_prompt", False)
         factor = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
         self.bucket_step = factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
         self.latent_factor = factor
@@ -249,12 +254,12 @@ def draw(
     device = base.unet.device
     cast = torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
     pictures = []
-    for prompt in prompts:
-        rng = torch.Generator().manual_seed(seed)
+    for first in range(0, len(prompts), AT_ONCE):
+        chunk = prompts[first : first + AT_ONCE]
         with cast:
             pictures += base.pipe(
-                prompt, num_inference_steps=steps, guidance_scale=guidance,
-                width=width, height=height, generator=rng,
+                chunk, num_inference_steps=steps, guidance_scale=guidance, width=width,
+                height=height, generator=[torch.Generator().manual_seed(seed) for _ in chunk],
             ).images  # fmt: skip
     return pictures
 

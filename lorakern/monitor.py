@@ -57,7 +57,7 @@ class Log:
             {
                 "event": "end", "step": result.step, "paths": [str(p) for p in result.paths],
                 "steps_per_second": result.steps_per_second, "peak_memory": result.peak_memory,
-                "skipped": result.skipped, "signal": result.stopped,
+                "skipped_steps": result.skipped, "signal": result.stopped,
             }
         )  # fmt: skip
 

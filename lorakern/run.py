@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ def prepare(config: Config, *, bar: bool) -> "Run":
             f"{config.output} holds the checkpoints of a run: go on with --resume, or choose"
             " another output"
         )
+    for name, path in (("output", config.output), ("cache", config.cache or config.output)):
+        if path.resolve().is_relative_to(config.data.resolve()):
+            raise ValueError(f"{name} {path} lies in the data folder {config.data}; choose another")
     if unknown := [form for form in config.formats if form not in FORMATS]:
         raise ValueError(f"no format {unknown[0]!r}; there are {', '.join(sorted(FORMATS))}")
     device = device_of(config.device)
@@ -103,8 +107,8 @@ class Run:
         entries = [cache.entry(latent.entry) for latent in latents]
         mean, std = (torch.stack([e[part] for e in entries]) for part in ("mean", "std"))
         t, noise, chance = diffusion.draw(seed, index, mean.shape, len(self.alpha_bars))
-        drop = (chance < config.caption_dropout).tolist()
-        tokens = [self.empty if d else la.tokens for d, la in zip(drop, latents, strict=True)]
+        keep = chance >= config.caption_dropout
+        tokens = [la.tokens if k else self.empty for k, la in zip(keep, latents, strict=True)]
         sizes = torch.tensor([latent.time_ids for latent in latents])
 
         x0, noise = (mean + std * noise[0]).to(self.device), noise[1].to(self.device)
@@ -114,6 +118,9 @@ class Run:
             context, pooled = self.text(torch.stack(tokens))
             context = context.to(self.device)
             pooled = None if pooled is None else pooled.to(self.device)
+            if self.base.zero_empty:
+                keep = keep.to(context)
+                context, pooled = context * keep[:, None, None], pooled * keep[:, None]
             noisy = diffusion.noisy_latent(x0, noise, alpha_bar)
             predicted = self.base.unet(
                 noisy, t, context, **self.base.condition(pooled, sizes)
@@ -126,10 +133,13 @@ class Run:
     def update(self, finite: bool) -> None:
         """End a step: the gradients reach the weights when they are finite, and are cleared."""
         self._whole = False
-        if finite:
-            self.optimizer.step()
+        with warnings.catch_warnings():
+            if finite:
+                self.optimizer.step()
+            else:
+                warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler.step\(\)`")
+            self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.schedule.step()
         self.step += 1
         self._whole = True
 
@@ -281,8 +291,12 @@ def autocast(device: torch.device, on: bool) -> AbstractContextManager:
 def _checkpoint_gradients(module: nn.Module) -> None:
     if hasattr(module, "enable_gradient_checkpointing"):
         module.enable_gradient_checkpointing()
-    else:
-        module.gradient_checkpointing_enable({"use_reentrant": False})
+        return
+    # transformers renames it in 5, and asks for training mode
+    for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):
+        if hasattr(module, name):
+            getattr(module, name)()
+            return
 
 
 def _rates(config: Config) -> list[float]:

@@ -151,8 +151,11 @@ def test_a_wrong_checkpoint_is_an_error(algo, kind):
     with pytest.raises(RuntimeError, match=f"size mismatch for 0.{first}"):
         model.load_state_dict({**model.state_dict(), f"0.{first}": torch.zeros(1, 1)})
     merge(model)
+    held = [t.clone() for t in (*adapter.parameters(), *adapter.buffers())]
     with pytest.raises(RuntimeError, match="merged; unmerge"):
-        model.load_state_dict(model.state_dict())
+        model.load_state_dict({k: v + 1 for k, v in model.state_dict().items()})
+    now = (*adapter.parameters(), *adapter.buffers())
+    assert all(torch.equal(a, b) for a, b in zip(held, now, strict=True))
 
 
 @every_kind
@@ -196,8 +199,8 @@ def test_autocast_is_the_layers(algo, kind, base):
 
 
 def _merged_under_autocast(adapter, x):
+    weight = (adapter.weight + adapter.delta_weight()).to(adapter.weight.dtype)
     with torch.autocast("cpu", torch.bfloat16):
-        weight = (adapter.weight + adapter.delta_weight()).to(adapter.weight.dtype)
         return layers.run(adapter.root, x, weight, getattr(adapter, "bias", None))
 
 
@@ -247,6 +250,7 @@ def _replica(module):
     return replica
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook")
 @every_kind
 def test_hooks_fire_once_wherever_they_hang(algo, kind):
     layer, heard = layer_of(kind), []
@@ -266,10 +270,11 @@ def test_hooks_fire_once_wherever_they_hang(algo, kind):
     torch.testing.assert_close(y, (exactly(adapter, x) * 2).float())
     merge(model)
     model(x)
+    copy.deepcopy(model)(x)
     eject(model)
     assert model[0] is layer
     model(x)
-    assert heard == ["before", "on the layer", "back"] + ["before", "on the layer"] * 2
+    assert heard == ["before", "on the layer", "back"] + ["before", "on the layer"] * 3
 
 
 @every_kind

@@ -9,6 +9,8 @@ import torch
 from bench import peers, record, run, timing, train_step, usage
 from lorakern import backend
 
+STEP = ["--model", "tiny", "--size", "4", "--threads", "1"]
+
 
 @pytest.fixture(autouse=True)
 def _threads():
@@ -28,7 +30,7 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch, untimed):
     monkeypatch.setitem(op.kernels, "wrong", backend.Kernel("native:wrong"))
     monkeypatch.setitem(op._loaded, "wrong", lambda *args: tuple(1.01 * t for t in right(*args)))
     with pytest.raises(AssertionError, match="lora_linear_fwd on wrong, result 0: max error"):
-        run.main(["overhead", "--dtype", "float32"])
+        run.main(["overhead", "--dtype", "float32", "--threads", "1"])
 
 
 @pytest.mark.parametrize("maker", ["_lorakern", "_peft", "lycoris", "loralib"])
@@ -40,7 +42,7 @@ def test_a_wrong_layer_is_not_timed(maker, monkeypatch, untimed):
 
     monkeypatch.setattr(peers, maker, twice)
     with pytest.raises(AssertionError, match=maker.strip("_")):
-        run.main(["overhead", "--dtype", "float32"])
+        run.main(["overhead", "--dtype", "float32", "--threads", "1"])
 
 
 def test_a_wrong_step_is_not_timed(monkeypatch, untimed):
@@ -51,12 +53,12 @@ def test_a_wrong_step_is_not_timed(monkeypatch, untimed):
 
     monkeypatch.setattr(peers, "lycoris", twice)
     with pytest.raises(AssertionError, match="lycoris predicts"):
-        train_step.main(["--model", "tiny", "--size", "4", "--arms", "lorakern", "lycoris"])
+        train_step.main([*STEP, "--arms", "lorakern", "lycoris"])
 
 
 def test_rows_of_an_op(tmp_path, capsys):
-    command = ["overhead", "--rounds", "3", "--dtype", "float32", "bfloat16", "--record"]
-    run.main([*command, "--results", str(tmp_path)])
+    command = ["overhead", "--rounds", "3", "--dtype", "float32", "bfloat16", "--threads", "1"]
+    run.main([*command, "--record", "--results", str(tmp_path)])
     (file,) = tmp_path.iterdir()
     rows = list(csv.DictReader(file.open()))
     assert tuple(rows[0]) == record.COLUMNS
@@ -77,8 +79,8 @@ def test_rows_of_an_op(tmp_path, capsys):
 
 
 def test_rows_of_a_step(tmp_path):
-    command = ["--model", "tiny", "--size", "4", "--rounds", "2", "--record"]
-    train_step.main([*command, "--results", str(tmp_path)])
+    arms = ["--arms", "lorakern", "peft"]
+    train_step.main([*STEP, *arms, "--rounds", "2", "--record", "--results", str(tmp_path)])
     (file,) = tmp_path.iterdir()
     rows = {r["backend"]: r for r in csv.DictReader(file.open())}
     assert next(iter(rows)) == "frozen" and "lorakern" in rows

@@ -33,6 +33,9 @@ CASES = [
     Case(320, 768, 77, 16),
     Case(640, 640, 1024, 16),
     Case(1280, 5120, 256, 16, bias=True),
+    # few rows beside a large weight: the middle block, and to_k of the inner levels
+    Case(1280, 1280, 64, 16),
+    Case(1280, 768, 77, 16),
     # ranks apart from 16
     Case(640, 640, 4096, 4),
     Case(640, 640, 4096, 64),

@@ -118,8 +118,9 @@ constexpr std::array<TileFn<acc_t>, sizeof...(kRows)> tiles_of(
 }
 
 // A panel is gone through in runs of k that stay in L1 for all rows. They also keep long sums exact:
-// the rounding of a sum of runs grows with the root of their length and number.
-constexpr int64_t kRun = 256;
+// rounding grows with the root of a run's length and of their number. A narrow panel is the down
+// product of a small rank, whose error the up product spreads: there plain torch has short runs too.
+constexpr int64_t kWideRun = 256, kNarrowRun = 16;
 
 // c[rows, cols] of one panel, in tiles of nearly equal height. `wide`: kPanel columns, else kWidth.
 template <typename acc_t, bool kPairs, bool kColumnMajor>
@@ -129,7 +130,8 @@ void multiply_panel(acc_t* c, int64_t ldc, bool add, int64_t rows, bool wide,
   static constexpr auto kNarrow = tiles_of<acc_t, 1, kPairs, kColumnMajor>(Heights{});
   static constexpr auto kWide = tiles_of<acc_t, 2, kPairs, kColumnMajor>(Heights{});
   const int64_t count = (rows + kTileRows - 1) / kTileRows;
-  const int64_t runs = std::max<int64_t>(1, (first.k + kRun - 1) / kRun);
+  const int64_t longest = wide ? kWideRun : kNarrowRun;
+  const int64_t runs = std::max<int64_t>(1, (first.k + longest - 1) / longest);
   const int64_t length = (first.k + runs - 1) / runs;
   for (int64_t run = 0; run < runs; ++run) {
     const int64_t from = run * length;

@@ -8,6 +8,7 @@ every update share one accumulator and one rounding.
 import math
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -135,6 +136,7 @@ class Adapter(nn.Module):
 
     @property
     def alpha(self) -> float:
+        """What the rank divides to give the scale; not 0, no unit."""
         return self._alpha
 
     @alpha.setter
@@ -184,15 +186,17 @@ class Adapter(nn.Module):
             return root.forward(input)
         weight, bias = root.weight, getattr(root, "bias", None)
         device = input.device.type
-        if self.kind == "embedding" or not _autocast_on(device):
+        if not _autocast_on(device):
             return _run_all(adapters, root, input, weight, bias)
         to = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
-            cast = (
-                t if t is None or t.dtype == torch.float64 else t.to(to)
-                for t in (input, weight, bias)
-            )
-            return _run_all(adapters, root, *cast)
+            # as the layer would have been cast; the sums are not
+            if self.kind != "embedding":
+                input, weight, bias = (
+                    t if t is None or t.dtype == torch.float64 else t.to(to)
+                    for t in (input, weight, bias)
+                )
+            return _run_all(adapters, root, input, weight, bias)
 
     @classmethod
     def fused(
@@ -257,10 +261,14 @@ class Adapter(nn.Module):
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ):
+        own, mine, rest = self._own_prefix(prefix), {}, {}
+        keys = [k for k in state_dict if k.startswith(prefix)]
         if self._merged:
             error_msgs.append(f"{prefix[:-1]} is merged; unmerge it before loading weights")
-        own, mine, rest = self._own_prefix(prefix), {}, {}
-        for key in [k for k in state_dict if k.startswith(prefix)]:
+            for key in keys:
+                del state_dict[key]
+            return
+        for key in keys:
             found = key.startswith(own) and key[len(own) :] in self._parameters
             put, cut = (mine, len(own)) if found else (rest, len(prefix))
             put[key[cut:]] = state_dict.pop(key)
@@ -290,9 +298,10 @@ class Adapter(nn.Module):
             return
         chain, weight = self.chain(), self.root.weight
         total = weight.to(layers.widest(weight.dtype), copy=True)
-        for adapter in chain:
-            if adapter._on:
-                total += adapter.delta_weight()
+        with _full_precision(weight.device.type):
+            for adapter in chain:
+                if adapter._on:
+                    total += adapter.delta_weight()
         chain[-1].register_buffer("frozen_weight", weight.detach().clone(), persistent=False)
         weight.copy_(total)
         self._mark_merged(True)
@@ -337,6 +346,10 @@ def _run_all(
 
 def _autocast_on(device: str) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def _full_precision(device: str):
+    return torch.autocast(device, enabled=False) if _autocast_on(device) else nullcontext()
 
 
 def _finite(what: str, value: float) -> float:

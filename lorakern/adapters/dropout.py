@@ -39,7 +39,7 @@ def can_regenerate(x: Tensor) -> bool:
 class Dropped(torch.autograd.Function):
     """apply(x, weight, bias, down, up, scale, layer, p, mode): the layer, its update, dropout.
 
-    In 16-bit a Linear runs one product on [x, h] and [W, s·up], at the cost of copies of x and W;
+    In 16-bit a Linear runs one product on [x, s·h] and [W, up], at the cost of copies of x and W;
     a Conv2d runs in float32. dx is the base's gradient plus the update's, each rounded.
 
     Args:
@@ -57,7 +57,7 @@ class Dropped(torch.autograd.Function):
         ctx.settings = scale, layer, p, mode, seed
         if isinstance(layer, nn.Linear) and x.dtype in _HALF:
             h = _kept_h(layer, x, down, p, mode, seed)
-            return F.linear(torch.cat([x, h], -1), torch.cat([weight, scale * up], 1), bias)
+            return F.linear(torch.cat([x, scale * h], -1), torch.cat([weight, up], 1), bias)
         wide = layers.widest(x.dtype)
         x_wide, down, up = x.to(wide), down.to(wide), up.to(wide)
         y = layers.run(layer, x_wide, weight.to(wide), None if bias is None else bias.to(wide))
@@ -77,10 +77,8 @@ class Dropped(torch.autograd.Function):
         with torch.enable_grad():
             h = _kept_h(layer, leaves[0], leaves[1], p, mode, seed)
             delta = expand(layer, h, leaves[2])
-        found = dict(
-            zip(map(id, asked), torch.autograd.grad(delta, asked, scale * dy), strict=True)
-        )
-        dx, ddown, dup = (found.get(id(t)) for t in leaves)
+        grads = iter(torch.autograd.grad(delta, asked, scale * dy))
+        dx, ddown, dup = (next(grads) if t.requires_grad else None for t in leaves)
         if dx is not None:
             dx = dx + _base_gradient(layer, x, weight, dy)
         return dx, None, None, ddown, dup, None, None, None, None
@@ -94,10 +92,11 @@ def _kept_h(layer: nn.Module, x: Tensor, down: Tensor, p: float, mode: str, seed
 
 
 def mask(like: Tensor, p: float, seed: int) -> Tensor:
-    """0 with probability p, else 1 / (1 - p), in like's shape and dtype; the same for a seed."""
+    """0 with probability p, else 1 / (1 - p), in like's shape and dtype; a seed's is always one."""
     generator = torch.Generator(like.device).manual_seed(seed)
-    kept = torch.empty_like(like, requires_grad=False).bernoulli_(1 - p, generator=generator)
-    return kept.div_(1 - p)
+    # drawn apart from like's dtype and strides, which backward may not share
+    kept = torch.empty(like.shape, dtype=torch.bool, device=like.device)
+    return kept.bernoulli_(1 - p, generator=generator).to(like.dtype).div_(1 - p)
 
 
 def _base_gradient(layer: nn.Module, x: Tensor, weight: Tensor, dy: Tensor) -> Tensor:

@@ -51,9 +51,7 @@ class Lora(Adapter):
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout is a probability from 0 to below 1, got {dropout!r}")
         if dropout_mode not in drop.MODES:
-            raise ValueError(
-                f"dropout_mode is one of {', '.join(drop.MODES)}, got {dropout_mode!r}"
-            )
+            raise ValueError(f"dropout_mode is {' or '.join(drop.MODES)}, got {dropout_mode!r}")
         super().__init__(base, name=name, rank=rank, alpha=alpha, rslora=rslora, dtype=dtype)
         if dropout and dropout_mode == "peft" and self.kind == "embedding":
             raise ValueError('an embedding has indices for input; use dropout_mode="kohya"')
@@ -100,7 +98,7 @@ class Lora(Adapter):
                 return super().forward(input)
             dtype = input.dtype
             if not torch._C._is_any_autocast_enabled():
-                if down.dtype is not dtype:
+                if down.dtype is not dtype or up.dtype is not dtype:
                     down, up = down.to(dtype), up.to(dtype)
                 return lora_linear(input, weight, layer["bias"], down, up, self.live_scale())
         return super().forward(input)

@@ -12,7 +12,7 @@ def one_call(
 ) -> Tensor | None:
     """layer(x; W + Σ ΔW) of LoRAs; None where no op does it: embeddings, dropout in a stack.
 
-    The factors of several are laid side by side, each up times its scale.
+    The factors of several are laid side by side, each up times its share of the scale.
     """
     first = adapters[0]
     if first.kind == "embedding":
@@ -29,12 +29,19 @@ def one_call(
     if len(adapters) == 1:
         down, up, scale = first.down.to(x.dtype), first.up.to(x.dtype), first.live_scale()
     else:
-        down = torch.cat([a.down.to(x.dtype) for a in adapters])
-        up = torch.cat([(a.live_scale() * a.up).to(x.dtype) for a in adapters], 1)
-        scale = 1.0
+        down, up, scale = _side_by_side(adapters, x.dtype)
     if first.kind == "linear":
         return lora_linear(x, weight, bias, down, up, scale)
     return _convolve(layer, x, weight, bias, down, up, scale)
+
+
+def _side_by_side(adapters: list, dtype: torch.dtype):
+    scales = [a.live_scale() for a in adapters]
+    tensors = isinstance(scales[0], Tensor)
+    # over the largest, so that no up becomes too small for 16-bit that was not
+    scale = torch.stack(scales).abs().amax() if tensors else max(map(abs, scales))
+    ups = [(s / scale * a.up).to(dtype) for s, a in zip(scales, adapters, strict=True)]
+    return torch.cat([a.down.to(dtype) for a in adapters]), torch.cat(ups, 1), scale
 
 
 def _convolve(conv: nn.Conv2d, x, weight, bias, down, up, scale) -> Tensor:

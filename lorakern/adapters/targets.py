@@ -19,7 +19,13 @@ PRESETS = {"attn": _ATTENTION, "attn-mlp": _ATTENTION + _MLP, "full": None}
 
 
 def layers_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Path and module of every layer and every outermost adapter; a shared one once."""
+    """Path and module of every layer and every outermost adapter; a shared one once.
+
+    Raises:
+        ValueError: model is not a module, as a pipeline is not.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"want an nn.Module, as pipe.unet, got a {type(model).__name__}")
     seen: set[int] = set()
 
     def walk(module: nn.Module, prefix: str):
@@ -45,7 +51,7 @@ def select(model: nn.Module, targets: str | Iterable[str]) -> dict[str, nn.Modul
     found = dict(layers_of(model))
     names = PRESETS.get(targets, ()) if isinstance(targets, str) else tuple(targets)
     if isinstance(targets, str) and targets not in PRESETS:
-        chosen = [p for p in found if re.fullmatch(targets, p)]
+        chosen = [p for p in found if _matches(targets, p)]
     elif names is None:
         full = ("linear", "conv2d")
         chosen = [p for p, layer in found.items() if layers.kind_of(_root(layer)) in full]
@@ -70,9 +76,16 @@ def select(model: nn.Module, targets: str | Iterable[str]) -> dict[str, nn.Modul
 def by_pattern(patterns: dict[str, float] | None, path: str, otherwise):
     """The value of the first pattern whose regex is the path or an end of it after a dot."""
     for pattern, value in (patterns or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", path):
+        if _matches(rf"(.*\.)?({pattern})", path):
             return value
     return otherwise
+
+
+def _matches(pattern: str, path: str) -> bool:
+    try:
+        return re.fullmatch(pattern, path) is not None
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is not a regex: {error}") from error
 
 
 def _root(layer: nn.Module) -> nn.Module:

@@ -86,7 +86,7 @@ def test_names_and_patterns_match_as_in_peft(targets):
         else:
             chosen = [n for n in targets if n != "norm"]
         config = LoraConfig(r=2, target_modules=chosen, rank_pattern=patterns)
-    inject_adapter_in_model(config, theirs)
+        inject_adapter_in_model(config, theirs)
     ranks = {n: m.r["default"] for n, m in theirs.named_modules() if hasattr(m, "lora_A")}
     assert {path: a.rank for path, a in made.items()} == ranks
 
@@ -103,6 +103,7 @@ PER_BLOCK = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated")
 @pytest.mark.parametrize("which", ["unet", "clip"])
 def test_presets_on_real_architectures(which):
     if which == "unet":
@@ -145,7 +146,9 @@ def test_alpha_patterns_and_ranks():
 def test_a_shared_layer_is_adapted_once_at_each_place():
     shared = nn.Linear(8, 8)
     model = nn.ModuleDict({"one": nn.Sequential(shared), "two": nn.Sequential(shared)})
-    made = inject(model, targets=["one.0", "two.0"], rank=2)
+    # it goes by its first path
+    with pytest.warns(UserWarning, match=r"no layer is called two\.0"):
+        made = inject(model, targets=["one.0", "two.0"], rank=2)
     assert list(made) == ["one.0"] and model["one"][0] is model["two"][0] is made["one.0"]
     eject(model)
     assert model["one"][0] is model["two"][0] is shared
@@ -171,6 +174,7 @@ def _patched(layer):
     return layer
 
 
+@pytest.mark.filterwarnings("ignore:Complex modules")
 @pytest.mark.parametrize(
     ("layer", "says"),
     [
@@ -207,12 +211,14 @@ def test_a_layer_that_does_not_fit_is_refused(layer, says):
         ({"name": "a.b"}, r"no dot, got 'a\.b'"),
         ({"name": ""}, "no dot, got ''"),
         ({"dropout": 1.0}, r"probability from 0 to below 1, got 1\.0"),
-        ({"dropout_mode": "all"}, "dropout_mode is one of peft, kohya, got 'all'"),
+        ({"dropout_mode": "all"}, "dropout_mode is peft or kohya, got 'all'"),
         ({"algo": "lore"}, "no adapter 'lore'; there are .*lora"),
         ({"targets": "attention"}, r"'attention' match none of the 8 layers.*0\.proj_in.*\.\.\."),
         ({"targets": []}, r"\[\] match none"),
         ({"targets": ["to_x"]}, r"\['to_x'\] match none"),
         ({"dtype": torch.int8}, "dtype of the factors is a floating one, got torch.int8"),
+        ({"targets": "to_("}, r"'to_\(' is not a regex: missing \)"),
+        ({"alpha_pattern": {"*": 1}}, "is not a regex: nothing to repeat"),
         ({"rank_pattern": {"to_v": 0}}, r"0\.attn1\.to_v: rank must be"),
     ],
     ids=str,
@@ -231,6 +237,8 @@ def test_more_mistakes():
     for call in (eject, merge, unmerge):
         with pytest.raises(ValueError, match="Sequential has no adapter"):
             call(model)
+    with pytest.raises(ValueError, match=r"want an nn\.Module, as pipe\.unet, got a dict"):
+        inject({"unet": model})
     with pytest.raises(TypeError, match="rslra"):
         inject(model, rslra=True)
     with pytest.raises(ValueError, match=r"has no layer '0\.attn2'"):
@@ -279,7 +287,7 @@ STEP = st.one_of(
         st.just("inject"),
         st.sampled_from("abc"),
         st.sampled_from(["attn", "attn-mlp", "full", r".*fc.*|.*conv"]),
-        st.integers(1, 5),
+        st.integers(1, 4),
     ),
     st.tuples(st.just("eject"), st.sampled_from([None, *"abc"])),
     st.tuples(st.just("multiplier"), st.sampled_from("abc"), st.sampled_from([0.0, 0.5, -1.0])),

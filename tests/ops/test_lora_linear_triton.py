@@ -46,10 +46,10 @@ def check(function, spec, args):
 
 # rows, I, O, R: more than a tile each way, ragged; slices of every kind; a rank of several steps
 TILED = [
-    ((300,), 136, 296, 40),
-    ((130,), 129, 33, 128),
-    ((3, 90), 600, 24, 3),
-    ((259,), 40, 48, 17),
+    ((140,), 72, 136, 40),
+    ((70,), 129, 33, 128),
+    ((2, 35), 260, 24, 3),
+    ((131,), 40, 48, 17),
 ]
 
 
@@ -78,8 +78,9 @@ def test_each_gemm_tile(tile, monkeypatch):
     chosen = tables.GEMM["datacenter", 2][tile]
     monkeypatch.setitem(tables.GEMM, ("datacenter", 2), (chosen,))
     pretend(monkeypatch, GPUS[90], one_kernel=False)
-    # over GROUP_M row tiles, so that the last group is a short one
-    shape = ((chosen.m * tables.GROUP_M + 5,), 72, chosen.n + 8, 20)
+    monkeypatch.setattr(tables, "GROUP_M", 2)
+    # three row tiles, so that the last group is a short one
+    shape = ((chosen.m * 2 + 5,), 72, chosen.n + 8, 20)
     check(lora_linear_fwd, reference.lora_linear_fwd, detached(inputs(shape, torch.float16)))
 
 
@@ -92,28 +93,27 @@ def test_plans_cover_every_column_and_row_once():
             assert cut.slices <= max(1, wanted)
 
 
-# (capability, dtype, M, I, O, R).  Every tile of the tables, every kernel on every architecture;
-# the real sizes of SD 1.5 and SDXL. Ranks 16, 64 and 128 take the three ways through the code.
+# (capability, dtype, M, I, O, R, directions).  Real sizes of SD 1.5 and SDXL: every tile of the
+# tables and every kernel on sm_90, the ones with the most on chip on the others, and odd widths.
 CUBINS = [
-    (90, torch.bfloat16, 8192, 1280, 10240, 64),
-    (90, torch.bfloat16, 4096, 320, 320, 16),
-    (90, torch.bfloat16, 256, 1280, 1280, 128),
-    (90, torch.bfloat16, 154, 768, 320, 8),
-    (90, torch.float16, 4096, 320, 320, 16),
-    (90, torch.float32, 256, 1280, 1280, 128),
-    (90, torch.float32, 154, 768, 320, 8),
-    (80, torch.bfloat16, 8192, 1280, 10240, 64),
-    (80, torch.bfloat16, 154, 768, 320, 16),
-    (100, torch.bfloat16, 8192, 1280, 10240, 64),
-    (100, torch.bfloat16, 154, 768, 320, 16),
-    (89, torch.bfloat16, 4096, 320, 320, 16),
-    (89, torch.bfloat16, 256, 1280, 1280, 128),
-    (90, torch.bfloat16, 65, 33, 65, 3),
+    (90, torch.bfloat16, 8192, 1280, 10240, 64, "fwd bwd"),
+    (90, torch.bfloat16, 4096, 320, 320, 16, "fwd bwd"),
+    (90, torch.bfloat16, 256, 1280, 1280, 128, "bwd"),
+    (90, torch.bfloat16, 65, 33, 65, 3, "fwd bwd"),
+    (90, torch.float16, 4096, 320, 320, 16, "fwd"),
+    (90, torch.float32, 154, 768, 320, 8, "fwd"),
+    (90, torch.float32, 256, 1280, 1280, 128, "bwd"),
+    (80, torch.bfloat16, 8192, 1280, 10240, 64, "fwd"),
+    (80, torch.bfloat16, 154, 768, 320, 16, "fwd bwd"),
+    (100, torch.bfloat16, 8192, 1280, 10240, 64, "fwd"),
+    (100, torch.bfloat16, 154, 768, 320, 16, "fwd bwd"),
+    (89, torch.bfloat16, 4096, 320, 320, 16, "fwd bwd"),
+    (89, torch.bfloat16, 256, 1280, 1280, 128, "fwd"),
 ]
 
 
-def compiled(capability, dtype, rows, columns, out, rank):
-    """[Usage] of all that forward and backward launch; runs in a process of its own."""
+def compiled(capability, dtype, rows, columns, out, rank, directions):
+    """[Usage] of all that these directions launch; runs in a process of its own."""
     import triton_aot
 
     from lorakern.ops.lora_linear import triton_bwd, triton_kernel
@@ -127,13 +127,17 @@ def compiled(capability, dtype, rows, columns, out, rank):
 
     x, weight, bias, h = make(rows, columns), make(out, columns), make(out), make(rows, rank)
     down, up, dy = make(rank, columns), make(out, rank), make(rows, out)
-    modules = (triton_kernel, triton_bwd)
-    calls = triton_aot.launches(
-        triton_kernel.lora_linear_fwd, x, weight, bias, down, up, 1.0, modules=modules
-    ) + triton_aot.launches(
-        triton_bwd.lora_linear_bwd, dy, x, h, weight, down, up, 1.0, [True] * 3, modules=modules
-    )
-    return [triton_aot.compile_for(capability, *call) for call in calls]
+    launchers = {
+        "fwd": (triton_kernel.lora_linear_fwd, x, weight, bias, down, up, 1.0),
+        "bwd": (triton_bwd.lora_linear_bwd, dy, x, h, weight, down, up, 1.0, [True] * 3),
+    }
+    return [
+        triton_aot.compile_for(capability, *launch)
+        for direction in directions.split()
+        for launch in triton_aot.launches(
+            *launchers[direction], modules=(triton_kernel, triton_bwd)
+        )
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -150,18 +154,16 @@ def cubins():
 
 
 @pytest.mark.parametrize("case", CUBINS, ids=lambda c: "-".join(name(v) for v in c))
-def test_compiles_without_spills(case, cubins, record_property):
+def test_compiles_without_spills(case, cubins):
     from triton_aot import MATRIX, SHARED
 
     capability, dtype = case[:2]
-    used = cubins[case].result()
-    names = {u.kernel for u in used}
-    assert {"_add_low_rank_kernel", "_shrink_kernel", "_row_products_kernel"} <= names
-    for usage in used:
-        record_property("usage", f"sm_{capability} {name(dtype)} {usage}")
+    for usage in cubins[case].result():
+        print(f"sm_{capability} {name(dtype)} {usage}")
         assert usage.local == usage.stack == 0, usage
         assert usage.shared <= SHARED[capability], usage
         if usage.kernel != "_sum_slices_kernel":
             # float32 sums in float32: no matrix instruction does that
-            want = "" if dtype == torch.float32 else MATRIX[capability]
-            assert want in usage.instruction if want else usage.instruction == "", usage
+            assert usage.instruction == ("" if dtype == torch.float32 else MATRIX[capability]), (
+                usage
+            )

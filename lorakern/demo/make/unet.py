@@ -188,7 +188,8 @@ def train(
         nn.utils.clip_grad_norm_(weights, 1.0)
         for part in parts:
             part.step()
-        average.update(networks)
+        if rank == 0:
+            average.update(networks)
         log(step, loss.detach())
         if rank == 0 and ((step + 1) % save_every == 0 or step + 1 == steps):
             states = [part.state_dict() for part in parts]

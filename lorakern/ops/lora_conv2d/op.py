@@ -114,8 +114,7 @@ def _pad_as_named(x, weight, padding, stride, dilation):
         return x, 0
     if padding != "same" or stride != (1, 1):
         raise ValueError(f'padding is pixels, "valid", or with stride 1 "same"; got {padding!r}')
-    total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
-    if all(t % 2 == 0 for t in total):
-        return x, tuple(t // 2 for t in total)
-    high, wide = total
+    high, wide = (d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True))
+    if high % 2 == wide % 2 == 0:
+        return x, (high // 2, wide // 2)
     return F.pad(x, (wide // 2, wide - wide // 2, high // 2, high - high // 2)), 0

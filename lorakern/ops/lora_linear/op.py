@@ -1,6 +1,6 @@
 """lora_linear: the frozen linear layer and its low-rank update in one pass."""
 
-import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -8,24 +8,11 @@ from torch import Tensor
 from lorakern import backend
 from lorakern.backend import Kernel
 from lorakern.ops.lora_linear import reference
+from lorakern.ops.lora_linear import triton_tables as tables
 
 
 def _refuse_cpp(x, *_) -> str | None:
     return None if x.device.type == "cpu" else f"x is on {x.device.type}; this kernel is for cpu"
-
-
-def _refuse_triton(x, down) -> str | None:
-    if x.dtype == torch.float64:
-        return "float64: the kernel sums in float32"
-    if down.shape[0] > 128:
-        return f"rank {down.shape[0]} is over 128"
-    if x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
-        return "bfloat16: Triton's interpreter misreads it" if x.dtype == torch.bfloat16 else None
-    if x.device.type != "cuda":
-        return f"x is on {x.device.type}; triton runs on cuda"
-    if (major_minor := torch.cuda.get_device_capability(x.device)) < (8, 0):
-        return f"sm_{major_minor[0]}{major_minor[1]}: the kernel needs sm_80"
-    return None
 
 
 _fwd = backend.define(
@@ -34,10 +21,7 @@ _fwd = backend.define(
     " -> (Tensor y, Tensor h)",
     reference.lora_linear_fwd,
     cpp=Kernel("native:lora_linear_fwd_cpu", _refuse_cpp),
-    triton=Kernel(
-        "lorakern.ops.lora_linear.triton_kernel:lora_linear_fwd",
-        lambda x, weight, bias, down, *_: _refuse_triton(x, down),
-    ),
+    triton=Kernel("lorakern.ops.lora_linear.triton_kernel:lora_linear_fwd", tables.refuse_fwd),
 )
 _bwd = backend.define(
     "lora_linear_bwd",
@@ -45,10 +29,7 @@ _bwd = backend.define(
     " bool[3] needs) -> (Tensor dx, Tensor ddown, Tensor dup)",
     reference.lora_linear_bwd,
     cpp=Kernel("native:lora_linear_bwd_cpu", _refuse_cpp),
-    triton=Kernel(
-        "lorakern.ops.lora_linear.triton_bwd:lora_linear_bwd",
-        lambda dy, x, h, weight, down, *_: _refuse_triton(x, down),
-    ),
+    triton=Kernel("lorakern.ops.lora_linear.triton_bwd:lora_linear_bwd", tables.refuse_bwd),
 )
 
 
@@ -68,6 +49,17 @@ class _LoraLinear(torch.autograd.Function):
         grads = _bwd(dy.contiguous(), *ctx.saved_tensors, ctx.scale, needs)
         dx, ddown, dup = (g if need else None for g, need in zip(grads, needs, strict=True))
         return dx, None, None, ddown, dup, None
+
+
+# by dtype of a CPU tensor: the native function that is both directions of cpp, or False where
+# something else was picked. cpp does not refuse by shape, so a dtype decides.
+_whole: dict[torch.dtype, Callable | bool] = backend.memory_of_picks()
+
+
+def _find_whole(*args) -> Callable | bool:
+    on_cpp = backend.pick(_fwd, *args) == "cpp" and backend.forced(_bwd) in (None, "cpp")
+    native = torch.ops.lorakern_native
+    return on_cpp and hasattr(native, "lora_linear_cpu") and native.lora_linear_cpu.default
 
 
 def lora_linear(
@@ -114,6 +106,13 @@ def lora_linear(
         )
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         raise ValueError("weight and bias are frozen here; call requires_grad_(False) on them")
-    if torch.compiler.is_compiling() and not isinstance(scale, Tensor):
-        scale = torch.tensor(scale, dtype=torch.float64)
+    if torch.compiler.is_compiling():
+        if not isinstance(scale, Tensor):
+            scale = torch.tensor(scale, dtype=torch.float64)
+    elif x.is_cpu and not isinstance(scale, Tensor):
+        whole = _whole.get(x.dtype)
+        if whole is None:
+            whole = _whole[x.dtype] = _find_whole(x, weight, bias, down, up, scale)
+        if whole:
+            return whole(x.contiguous(), weight, bias, down, up, scale)
     return _LoraLinear.apply(x.contiguous(), weight, bias, down, up, scale)

@@ -29,15 +29,15 @@ def _row_products_kernel(
     first = tl.program_id(1).to(tl.int64) * steps * BLOCK_M
     in_N, in_R = cols_N < N, rank_R < R
 
-    a_MN = a_ptr + (first + step_M)[:, None] * N + cols_N[None, :]
+    a_NM = a_ptr + (first + step_M)[None, :] * N + cols_N[:, None]
     b_MR = b_ptr + (first + step_M)[:, None] * R + rank_R[None, :]
     acc_NR = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
     for m in range(0, steps * BLOCK_M, BLOCK_M):
         in_M = first + m + step_M < M
-        a = tl.load(a_MN, mask=in_M[:, None] & in_N[None, :], other=0.0)
+        a = tl.load(a_NM, mask=in_N[:, None] & in_M[None, :], other=0.0)
         b = tl.load(b_MR, mask=in_M[:, None] & in_R[None, :], other=0.0)
-        acc_NR = tl.dot(tl.trans(a), b, acc_NR, input_precision=PRECISION)
-        a_MN += BLOCK_M * N
+        acc_NR = tl.dot(a, b, acc_NR, input_precision=PRECISION)
+        a_NM += BLOCK_M * N
         b_MR += BLOCK_M * R
 
     out_NR = out_ptr + tl.program_id(1).to(tl.int64) * N * R

@@ -1,9 +1,10 @@
-"""Tile sizes and launch plans of the Triton kernels: pure functions of shape, dtype and GPU.
+"""What the Triton kernels refuse, their tiles and launch plans, by shape, dtype and GPU.
 
 Nothing is tuned at run time. A plan is made once per shape and then looked up, so a CUDA graph
 records the same launches that eager runs.
 """
 
+import os
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 
@@ -47,7 +48,7 @@ SHRINK = {2: Tile(64, 0, 64, 4, 4, 1.0), 4: Tile(32, 0, 32, 4, 2, 1.0)}
 # the same with the other factor's gradient in the pass; m rows are one slice of that sum
 ONE_PASS = {2: Tile(128, 0, 64, 4, 3, 1.0), 4: Tile(64, 0, 32, 4, 2, 1.0)}
 # aᵀ b over rows: n columns of a, k rows a step; m is unused
-ROWS = {2: Tile(0, 64, 64, 4, 3, 1.0), 4: Tile(0, 32, 32, 4, 3, 1.0)}
+ROWS = {2: Tile(0, 64, 32, 4, 4, 1.0), 4: Tile(0, 32, 32, 4, 3, 1.0)}
 # largest M·O·I at which making h beside the base product beats a launch and a pass over x of its
 # own, by padded rank: the share rank/n of extra products against about 3 µs on an H100
 ONE_KERNEL = {2: {16: 10**10, 32: 2 * 10**9}, 4: {16: 5 * 10**8, 32: 10**8}}
@@ -60,6 +61,23 @@ class Cut:
     tile: Tile
     slices: int
     steps: int
+
+
+def refuse_fwd(x, weight, bias, down, up, scale) -> str | None:
+    if x.dtype == torch.float64:
+        return "float64: the kernel sums in float32"
+    if down.shape[0] > MAX_RANK:
+        return f"rank {down.shape[0]} is over {MAX_RANK}"
+    if x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return "bfloat16: Triton's interpreter misreads it" if x.dtype == torch.bfloat16 else None
+    if x.device.type != "cuda":
+        return f"x is on {x.device.type}; triton runs on cuda"
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return f"sm_{major}{minor}: the kernel needs sm_80" if major < 8 else None
+
+
+def refuse_bwd(dy, x, h, weight, down, up, scale, needs) -> str | None:
+    return refuse_fwd(x, weight, None, down, up, scale)
 
 
 @cache

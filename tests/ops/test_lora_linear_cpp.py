@@ -1,0 +1,142 @@
+"""What only the C++ kernels of lora_linear promise: threads, memory, their own autograd node."""
+
+import itertools
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from lorakern import backend
+from lorakern.functional import lora_linear
+from lorakern.ops.lora_linear import reference
+from lorakern.testing import DTYPES, check_every_kernel
+
+native = torch.ops.lorakern_native
+pytestmark = pytest.mark.skipif(
+    not hasattr(native, "lora_linear_cpu"), reason="lorakern._native is not built"
+)
+
+
+def make(M, I, O, R, dtype=torch.float32):  # noqa: E741
+    x, dy = torch.randn(M, I, dtype=dtype), torch.randn(M, O, dtype=dtype)
+    weight, bias = torch.randn(O, I, dtype=dtype) / I**0.5, torch.randn(O, dtype=dtype)
+    down, up = torch.randn(R, I, dtype=dtype) / I**0.5, torch.randn(O, R, dtype=dtype)
+    return dy, x, weight, bias, down, up
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+# more rows than threads take, a last tile of one row, two depths of pass, a narrow last panel
+SHAPES = [(333, 70, 50, 5), (57, 2100, 33, 17), (15, 33, 2070, 129), (1, 8, 8, 16)]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_right_on_any_number_of_threads(shape, dtype, count, threads):
+    threads(count)
+    dy, x, weight, bias, down, up = make(*shape, dtype)
+    check_every_kernel("lora_linear_fwd", (x, weight, bias, down, up, 0.7))
+    h = reference.lora_linear_fwd(x, weight, bias, down, up, 0.7)[1]
+    check_every_kernel("lora_linear_bwd", (dy, x, h, weight, down, up, 0.7, [True] * 3))
+
+
+@pytest.mark.parametrize("needs", list(itertools.product([True, False], repeat=3)))
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+def test_any_choice_of_gradients(needs, dtype):
+    dy, x, weight, _, down, up = make(40, 21, 36, 6, dtype)
+    args = (dy, x, x @ down.mT, weight, down, up, 0.5)
+    alone = native.lora_linear_bwd_cpu(*args, list(needs))
+    together = native.lora_linear_bwd_cpu(*args, [True] * 3)
+    for need, one, all_ in zip(needs, alone, together, strict=True):
+        assert torch.equal(one, all_ if need else torch.empty(0, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+def test_a_row_does_not_depend_on_its_batch(dtype):
+    _, x, weight, bias, down, up = make(3000, 48, 40, 8, dtype)
+    args = (weight, bias, down, up, 0.5)
+    parts = [native.lora_linear_fwd_cpu(part, *args)[0] for part in x.split(77)]
+    assert torch.equal(torch.cat(parts), native.lora_linear_fwd_cpu(x, *args)[0])
+
+
+def test_no_temporary_the_size_of_an_activation():
+    dy, x, weight, bias, down, up = make(8192, 64, 64, 4)
+    activation = x.numel() * x.element_size()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        _, h = native.lora_linear_fwd_cpu(x, weight, bias, down, up, 1.0)
+        native.lora_linear_bwd_cpu(dy, x, h, weight, down, up, 1.0, [True] * 3)
+    sizes = [e.self_cpu_memory_usage for e in seen.events() if e.name == "aten::empty"]
+    large = sorted(s for s in sizes if s >= activation / 2)
+    assert large == [activation, activation], "only y and dx may be as large as an activation"
+
+
+def grads(function, args):
+    leaves = [a.detach().requires_grad_(a.requires_grad) for a in args[:-1]]
+    function(*leaves, args[-1]).square().sum().backward()
+    return [leaf.grad for leaf in leaves]
+
+
+@pytest.mark.parametrize("trained", list(itertools.product([True, False], repeat=3)))
+def test_the_native_node_gives_the_gradients_of_the_python_one(trained):
+    _, x, weight, bias, down, up = make(10, 7, 9, 3)
+    for tensor, train in zip((x, down, up), trained, strict=True):
+        tensor.requires_grad_(train)
+    if not any(trained):
+        assert not lora_linear(x, weight, bias, down, up, 0.5).requires_grad
+        return
+    args = (x, weight, bias, down, up, 0.5)
+    mine = grads(lora_linear, args)
+    with backend.use("reference"):
+        theirs = grads(lora_linear, args)
+    for a, b in zip(mine, theirs, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b)
+
+
+def node_of(*args):
+    return lora_linear(*args).grad_fn.name()
+
+
+def test_use_reaches_past_the_native_node():
+    _, x, weight, bias, down, up = make(10, 7, 9, 3)
+    args = (x, weight, bias, down.requires_grad_(), up, 0.5)
+    whole = node_of(*args)
+    for forced in ({"backend": "reference"}, {"lora_linear_bwd": "reference"}):
+        with backend.use(**forced):
+            assert node_of(*args) != whole
+    assert node_of(*args) == whole
+
+
+def test_a_second_derivative_is_refused():
+    _, x, weight, bias, down, up = make(10, 7, 9, 3)
+    y = lora_linear(x, weight, bias, down.requires_grad_(), up, 0.5)
+    (ddown,) = torch.autograd.grad(y.square().sum(), down, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        ddown.sum().backward()
+
+
+def test_saves_its_input_and_h_alone():
+    _, x, weight, bias, down, up = make(10, 7, 9, 3)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = lora_linear(x, weight, bias, down.requires_grad_(), up.requires_grad_(), 0.5)
+    known = {t.data_ptr() for t in (x, weight, down, up)}
+    assert [tuple(t.shape) for t in saved if t.data_ptr() not in known] == [(10, 3)]
+    y.sum().backward()
+    assert down.grad is not None and up.grad is not None
+
+
+def test_strided_inputs_are_taken():
+    _, x, weight, bias, down, up = make(10, 8, 9, 3)
+    args = (x, weight, bias, down, up, 0.5)
+    turned = tuple(
+        a.T.contiguous().T if isinstance(a, torch.Tensor) and a.dim() == 2 else a for a in args
+    )
+    assert torch.equal(lora_linear(*args), lora_linear(*turned))

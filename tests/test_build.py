@@ -1,0 +1,75 @@
+"""What setup.py decides to build, asked of its functions; nothing is compiled."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils import cpp_extension
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def build(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    spec = importlib.util.spec_from_file_location("lorakern_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_none_builds_nothing(build):
+    assert build.extension("none") == {}
+
+
+def test_an_unknown_mode_names_the_known_ones(build):
+    with pytest.raises(SystemExit, match="auto, cpu, cuda, none, got 'gpu'"):
+        build.extension("gpu")
+
+
+@pytest.mark.parametrize("mode", ["auto", "cpu"])
+def test_sources_are_found_by_glob(build, mode):
+    (native,) = build.extension(mode)["ext_modules"]
+    assert native.name == "lorakern._native"
+    sources = {Path(s).name for s in native.sources}
+    assert {p.name for p in ROOT.glob("csrc/cpu/*.cpp")} <= sources
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
+def test_cuda_asked_for_without_cuda_is_an_error_with_the_reason(build):
+    with pytest.raises(SystemExit, match=r"LORAKERN_BUILD=cuda: .*(no \.cu file|has no CUDA)"):
+        build.extension("cuda")
+
+
+def test_without_torch_auto_installs_pure_python_and_says_so(build, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert build.extension("auto") == {}
+    said = capsys.readouterr().err
+    assert "without its compiled kernels" in said and "--no-build-isolation" in said
+    with pytest.raises(SystemExit, match="LORAKERN_BUILD=cpu"):
+        build.extension("cpu")
+
+
+def test_a_failed_compiler_leaves_auto_pure_python(build, monkeypatch, capsys):
+    def fail(self):
+        raise RuntimeError("Error compiling objects for extension")
+
+    monkeypatch.setattr(cpp_extension.BuildExtension, "run", fail)
+    command = object.__new__(build.extension("auto")["cmdclass"]["build_ext"])
+    command.run()
+    assert command.extensions == []
+    assert "Error compiling objects" in capsys.readouterr().err
+    strict = object.__new__(build.extension("cpu")["cmdclass"]["build_ext"])
+    with pytest.raises(SystemExit, match="Error compiling objects"):
+        strict.run()
+
+
+def test_the_instruction_set_can_be_named(build, monkeypatch):
+    monkeypatch.setenv("LORAKERN_ARCH", "x86-64-v3")
+    (native,) = build.extension("cpu")["ext_modules"]
+    assert "-march=x86-64-v3" in native.extra_compile_args["cxx"]
+    monkeypatch.delenv("LORAKERN_ARCH")
+    (native,) = build.extension("cpu")["ext_modules"]
+    assert any(f.endswith("=native") for f in native.extra_compile_args["cxx"])
