@@ -186,8 +186,13 @@ def _key(args: tuple) -> tuple:
     return (
         first.dtype,
         first.device,
-        *[a.shape if isinstance(a, Tensor) else a is None for a in args],
+        *[a.shape if isinstance(a, Tensor) else _shape_like(a) for a in args],
     )
+
+
+def _shape_like(a) -> object:
+    # strides, paddings and flags count, as shapes do; numbers such as a scale do not
+    return tuple(a) if isinstance(a, list) else a is None
 
 
 def _contiguous(args: tuple) -> tuple:
@@ -198,11 +203,13 @@ def _in_float32(reference: Callable) -> Callable:
     """The spec as a kernel: 16-bit tensors are widened, and each result is rounded once."""
 
     def run(*args):
-        dtype = args[0].dtype
-        if dtype not in _HALF:
-            return reference(*args)
-        widened = (a.float() if isinstance(a, Tensor) and a.dtype in _HALF else a for a in args)
-        results = reference(*widened)
+        dtype, device = args[0].dtype, args[0].device.type
+        # a backward that is called inside autocast must not round what is widened here
+        with torch.autocast(device, enabled=False):
+            if dtype not in _HALF:
+                return reference(*args)
+            widened = (a.float() if isinstance(a, Tensor) and a.dtype in _HALF else a for a in args)
+            results = reference(*widened)
         if isinstance(results, Tensor):
             return results.to(dtype)
         return tuple(r.to(dtype) for r in results)

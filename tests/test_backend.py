@@ -112,3 +112,17 @@ def test_the_spec_as_a_kernel_rounds_16_bit_once(dtype):
 def test_names_are_taken_once(op):
     with pytest.raises(ValueError, match="already defined"):
         backend.define(op.name, "(Tensor x, Tensor scale) -> Tensor", spec)
+
+
+def test_the_spec_as_a_kernel_is_not_cast_by_autocast():
+    x = torch.randn(8, 8, dtype=torch.bfloat16)
+    run = backend._in_float32(lambda a: a @ a)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = run(x)
+    assert torch.equal(inside, run(x))
+
+
+def test_lists_are_part_of_what_a_pick_is_remembered_by():
+    x = torch.zeros(2, 3)
+    assert backend._key((x, [1, 1])) != backend._key((x, [2, 2]))
+    assert backend._key((x, 0.5)) == backend._key((x, 0.7))
