@@ -187,7 +187,13 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("op", choices=OPS)
     parser.add_argument("--case", action="append", help="part of a case's name; may be repeated")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES)
+    parser.add_argument(
+        "--dtype",
+        nargs="+",
+        choices=DTYPES,
+        default=["float32", "bfloat16"],
+        help="float16 takes minutes a case where the CPU has no such arithmetic",
+    )
     parser.add_argument("--backends", nargs="+", help="kernels, layers: cpp lorakern peft ...")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=2)

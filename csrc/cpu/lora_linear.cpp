@@ -1,19 +1,18 @@
 // lora_linear on CPU. Spec: lorakern/ops/lora_linear/reference.py
 //
 // The plain-torch spec writes the base product, reads it back for the update, and reads dy and x
-// once for each product that needs them. Here a block of rows stays in cache for all of its products
-// (low_rank.h), 16-bit sums stay in float32 until the one rounding, and the gradients of the factors
-// are summed by thread, then over threads in order.
+// once for each product that needs them. Here a block of rows stays in cache for all of its
+// products (low_rank.h), 16-bit sums stay in float32 until the one rounding, and the gradients of
+// the factors are summed by thread, then over threads in order.
 
-#include "low_rank.h"
+#include "lora_linear.h"
 
 #include <ATen/Dispatch.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include "../check.h"
-#include "lora_linear.h"
+#include "low_rank.h"
 
 namespace lorakern {
 namespace {
@@ -42,40 +41,41 @@ void backward(LowRank<scalar_t> p, const scalar_t* x, const scalar_t* h, int64_t
   const int64_t ddown_size = ddown ? R * padded<acc_t>(I) : 0;
   const int64_t dup_size = dup ? R * padded<acc_t>(O) : 0;
   const int64_t factor_size = rows.block * R;
-  const int64_t slot_size =
-      ddown_size + dup_size + rows.block * kPanel<acc_t> + 2 * factor_size;
-  at::Tensor scratch = at::empty({rows.slots * slot_size},
-                                 p.options.dtype(c10::CppTypeToScalarType<acc_t>::value));
+  const int64_t slot_size = ddown_size + dup_size + rows.block * kPanel<acc_t> + 2 * factor_size;
+  at::Tensor scratch =
+      at::empty({rows.slots * slot_size}, p.options.dtype(c10::CppTypeToScalarType<acc_t>::value));
   acc_t* const sums = scratch.template mutable_data_ptr<acc_t>();
 
-  low_rank_product<scalar_t, kPairs>(p, rows, [&](int64_t slot, int64_t row, int64_t count, acc_t* t) {
-    const bool add = row > slot * rows.per_slot;
-    acc_t* const slot_sums = sums + slot * slot_size;
-    acc_t* const panel = slot_sums + ddown_size + dup_size;
-    acc_t* const factor = panel + rows.block * kPanel<acc_t>;
-    for (int64_t i = 0; i < count * Rp; ++i) t[i] *= static_cast<acc_t>(scale);
-    if (ddown) {
-      const acc_t* dh = t;
-      int64_t ld = Rp;
-      if constexpr (kPairs) {
-        auto* rounded = reinterpret_cast<scalar_t*>(factor + factor_size);
-        for (int64_t i = 0; i < count; ++i)
-          narrow<scalar_t, acc_t>(rounded + i * R, t + i * Rp, nullptr, R);
-        pack_row_pairs(factor, R, rounded, R, R, count);
-        dh = factor;
-        ld = R;
-      }
-      add_outer<kPairs>(slot_sums, add, dh, ld, R, x + row * I, I, count, panel);
-    }
-    if (dup) {
-      if constexpr (kPairs) {
-        pack_row_pairs(factor, R, h + row * R, R, R, count);
-      } else {
-        widen(factor, h + row * R, count * R);
-      }
-      add_outer<kPairs>(slot_sums + ddown_size, add, factor, R, R, p.a + row * O, O, count, panel);
-    }
-  });
+  low_rank_product<scalar_t, kPairs>(
+      p, rows, [&](int64_t slot, int64_t row, int64_t count, acc_t* t) {
+        const bool add = row > slot * rows.per_slot;
+        acc_t* const slot_sums = sums + slot * slot_size;
+        acc_t* const panel = slot_sums + ddown_size + dup_size;
+        acc_t* const factor = panel + rows.block * kPanel<acc_t>;
+        for (int64_t i = 0; i < count * Rp; ++i) t[i] *= static_cast<acc_t>(scale);
+        if (ddown) {
+          const acc_t* dh = t;
+          int64_t ld = Rp;
+          if constexpr (kPairs) {
+            auto* rounded = reinterpret_cast<scalar_t*>(factor + factor_size);
+            for (int64_t i = 0; i < count; ++i)
+              narrow<scalar_t, acc_t>(rounded + i * R, t + i * Rp, nullptr, R);
+            pack_row_pairs(factor, R, rounded, R, R, count);
+            dh = factor;
+            ld = R;
+          }
+          add_outer<kPairs>(slot_sums, add, dh, ld, R, x + row * I, I, count, panel);
+        }
+        if (dup) {
+          if constexpr (kPairs) {
+            pack_row_pairs(factor, R, h + row * R, R, R, count);
+          } else {
+            widen(factor, h + row * R, count * R);
+          }
+          add_outer<kPairs>(slot_sums + ddown_size, add, factor, R, R, p.a + row * O, O, count,
+                            panel);
+        }
+      });
 
   const auto total = [&](const acc_t* first) {
     acc_t sum = 0;
@@ -90,8 +90,8 @@ void backward(LowRank<scalar_t> p, const scalar_t* x, const scalar_t* h, int64_t
   if (dup) {
     for (int64_t o = 0; o < O; ++o)
       for (int64_t r = 0; r < R; ++r)
-        dup[o * R + r] = static_cast<scalar_t>(
-            static_cast<acc_t>(scale) * total(sums + ddown_size + r * padded<acc_t>(O) + o));
+        dup[o * R + r] = static_cast<scalar_t>(static_cast<acc_t>(scale) *
+                                               total(sums + ddown_size + r * padded<acc_t>(O) + o));
   }
 }
 
@@ -114,9 +114,10 @@ const scalar_t* data(const at::Tensor& t) {
 std::tuple<at::Tensor, at::Tensor> lora_linear_fwd_cpu(const at::Tensor& x,
                                                        const at::Tensor& weight,
                                                        const std::optional<at::Tensor>& bias,
-                                                       const at::Tensor& down,
-                                                       const at::Tensor& up, double scale) {
-  const int64_t I = x.size(-1), O = weight.size(0), R = down.size(0), M = x.numel() / std::max<int64_t>(I, 1);
+                                                       const at::Tensor& down, const at::Tensor& up,
+                                                       double scale) {
+  const int64_t I = x.size(-1), O = weight.size(0), R = down.size(0),
+                M = x.numel() / std::max<int64_t>(I, 1);
   check_shape(weight, "weight", {O, I});
   check_shape(down, "down", {R, I});
   check_shape(up, "up", {O, R});
@@ -137,8 +138,18 @@ std::tuple<at::Tensor, at::Tensor> lora_linear_fwd_cpu(const at::Tensor& x,
   at::Tensor h = at::empty(sizes, x.options());
   if (M == 0) return {y, h};
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "lora_linear", [&] {
-    const LowRank<scalar_t> p{M, I, O, R, data<scalar_t>(x), data<scalar_t>(w), data<scalar_t>(d), data<scalar_t>(u),
-                              bias ? data<scalar_t>(b) : nullptr, true, y.mutable_data_ptr<scalar_t>(), x.options()};
+    const LowRank<scalar_t> p{M,
+                              I,
+                              O,
+                              R,
+                              data<scalar_t>(x),
+                              data<scalar_t>(w),
+                              data<scalar_t>(d),
+                              data<scalar_t>(u),
+                              bias ? data<scalar_t>(b) : nullptr,
+                              true,
+                              y.mutable_data_ptr<scalar_t>(),
+                              x.options()};
     with_pairs<scalar_t>(I, [&](auto pairs) {
       forward<scalar_t, pairs.value>(p, h.mutable_data_ptr<scalar_t>(), scale);
     });
@@ -149,16 +160,18 @@ std::tuple<at::Tensor, at::Tensor> lora_linear_fwd_cpu(const at::Tensor& x,
 std::tuple<at::Tensor, at::Tensor, at::Tensor> lora_linear_bwd_cpu(
     const at::Tensor& dy, const at::Tensor& x, const at::Tensor& h, const at::Tensor& weight,
     const at::Tensor& down, const at::Tensor& up, double scale, std::array<bool, 3> needs) {
-  const int64_t I = weight.size(1), O = weight.size(0), R = down.size(0), M = dy.numel() / std::max<int64_t>(O, 1);
+  const int64_t I = weight.size(1), O = weight.size(0), R = down.size(0),
+                M = dy.numel() / std::max<int64_t>(O, 1);
   check_shape(down, "down", {R, I});
   check_shape(up, "up", {O, R});
   const at::Tensor w = weight.contiguous(), d = down.contiguous(), u = up.contiguous();
-  for (const auto& [t, name] : {std::pair{&dy, "dy"}, {&x, "x"}, {&h, "h"}}) check_contiguous(*t, name);
+  for (const auto& [t, name] : {std::pair{&dy, "dy"}, {&x, "x"}, {&h, "h"}})
+    check_contiguous(*t, name);
   for (const auto& [t, name] :
        {std::pair{&dy, "dy"}, {&h, "h"}, {&w, "weight"}, {&d, "down"}, {&u, "up"}})
     check_like(*t, name, x);
-  TORCH_CHECK_VALUE(x.numel() == M * I && h.numel() == M * R, "want x [..., ", I, "] and h [..., ", R,
-                    "] of ", M, " rows as dy, got ", x.sizes(), " and ", h.sizes());
+  TORCH_CHECK_VALUE(x.numel() == M * I && h.numel() == M * R, "want x [..., ", I, "] and h [..., ",
+                    R, "] of ", M, " rows as dy, got ", x.sizes(), " and ", h.sizes());
 
   const auto [need_dx, need_ddown, need_dup] = needs;
   at::Tensor dx = need_dx ? at::empty(x.sizes(), x.options()) : at::empty({0}, x.options());
@@ -169,8 +182,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> lora_linear_bwd_cpu(
   at::Tensor ddown = at::empty(need_ddown ? down.sizes() : at::IntArrayRef{0}, x.options());
   at::Tensor dup = at::empty(need_dup ? up.sizes() : at::IntArrayRef{0}, x.options());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "lora_linear", [&] {
-    const LowRank<scalar_t> p{M, O, need_dx ? I : 0, R, data<scalar_t>(dy), data<scalar_t>(w), data<scalar_t>(u), data<scalar_t>(d),
-                              nullptr, false, dx.mutable_data_ptr<scalar_t>(), x.options()};
+    const LowRank<scalar_t> p{M,
+                              O,
+                              need_dx ? I : 0,
+                              R,
+                              data<scalar_t>(dy),
+                              data<scalar_t>(w),
+                              data<scalar_t>(u),
+                              data<scalar_t>(d),
+                              nullptr,
+                              false,
+                              dx.mutable_data_ptr<scalar_t>(),
+                              x.options()};
     with_pairs<scalar_t>(O, [&, need_ddown = need_ddown, need_dup = need_dup](auto pairs) {
       backward<scalar_t, pairs.value>(p, data<scalar_t>(x), data<scalar_t>(h), O, I, scale,
                                       need_ddown ? ddown.mutable_data_ptr<scalar_t>() : nullptr,

@@ -13,8 +13,8 @@ namespace lorakern {
 std::tuple<at::Tensor, at::Tensor> lora_linear_fwd_cpu(const at::Tensor& x,
                                                        const at::Tensor& weight,
                                                        const std::optional<at::Tensor>& bias,
-                                                       const at::Tensor& down,
-                                                       const at::Tensor& up, double scale);
+                                                       const at::Tensor& down, const at::Tensor& up,
+                                                       double scale);
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> lora_linear_bwd_cpu(
     const at::Tensor& dy, const at::Tensor& x, const at::Tensor& h, const at::Tensor& weight,

@@ -60,6 +60,4 @@ at::Tensor lora_linear_cpu(const at::Tensor& x, const at::Tensor& weight,
 }  // namespace
 }  // namespace lorakern
 
-TORCH_LIBRARY_FRAGMENT(lorakern_native, m) {
-  m.def("lora_linear_cpu", &lorakern::lora_linear_cpu);
-}
+TORCH_LIBRARY_FRAGMENT(lorakern_native, m) { m.def("lora_linear_cpu", &lorakern::lora_linear_cpu); }

@@ -1,4 +1,5 @@
-// out[M, N] = a[M, K] W + t[M, R] E (+ bias), with t = scale · a S: a product and its low-rank update.
+// out[M, N] = a[M, K] W + t[M, R] E (+ bias), with t = scale · a S: a product and its low-rank
+// update.
 //
 // Forward of lora_linear is a = x, W = weightᵀ, S = downᵀ, E = upᵀ; the gradient of x is a = dy,
 // W = weight, S = up, E = down. Rows go in blocks that stay in cache: t, both products and the sum
@@ -7,11 +8,11 @@
 
 #pragma once
 
-#include "pack.h"
-
 #include <ATen/OpMathType.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+
+#include "pack.h"
 
 namespace lorakern {
 
@@ -66,8 +67,8 @@ void low_rank_product(const LowRank<scalar_t>& p, const Rows& rows_of, const Vis
   const int64_t sums_size = block * (passes > 1 ? group : kWide);
   const int64_t wide_size = kDirect ? 0 : block * p.K;
   const int64_t shrink_size = K * Rp, group_size = (K + p.R) * group;
-  at::Tensor scratch = at::empty(
-      {shrink_size + group_size + slots * (sums_size + wide_size) + p.M * Rp}, options);
+  at::Tensor scratch =
+      at::empty({shrink_size + group_size + slots * (sums_size + wide_size) + p.M * Rp}, options);
   acc_t* const shrink = scratch.template mutable_data_ptr<acc_t>();
   acc_t* const panels = shrink + shrink_size;
   acc_t* const t_all = panels + group_size;
@@ -119,10 +120,9 @@ void low_rank_product(const LowRank<scalar_t>& p, const Rows& rows_of, const Vis
           const int64_t width = width_of(p.N - col0 - c);
           const acc_t* panel = panels + c * (K + p.R);
           acc_t* const c_sums = passes > 1 ? sums + c * rows : sums;
-          multiply_panel<acc_t, kPairs, false>(
-              c_sums, width, pass > 0, rows, width == kWide,
-              {a + k, K, panel + k * width, width, depth},
-              {t, Rp, panel + K * width, width, last ? p.R : 0});
+          multiply_panel<acc_t, kPairs, false>(c_sums, width, pass > 0, rows, width == kWide,
+                                               {a + k, K, panel + k * width, width, depth},
+                                               {t, Rp, panel + K * width, width, last ? p.R : 0});
           if (!last) continue;
           const int64_t used = std::min(width, cols - c);
           acc_t bias[kWide];

@@ -2,10 +2,10 @@
 
 #pragma once
 
-#include "tile.h"
-
 #include <algorithm>
 #include <type_traits>
+
+#include "tile.h"
 
 namespace lorakern {
 

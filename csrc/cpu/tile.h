@@ -1,18 +1,18 @@
 // Register tiles: c[rows, cols] (+)= a b + a2 b2, both products in one accumulator.
 //
-// A tile is kTileRows x kPanel sums in registers. Its right operand is a panel: k rows of kPanel (or
-// kWidth, for narrow panels) neighbouring lanes. A lane is one acc_t, or a pair of bfloat16 that
-// AVX512-BF16 multiplies and adds to one float32 sum.
+// A tile is kTileRows x kPanel sums in registers. Its right operand is a panel: k rows of kPanel
+// (or kWidth, for narrow panels) neighbouring lanes. A lane is one acc_t, or a pair of bfloat16
+// that AVX512-BF16 multiplies and adds to one float32 sum.
 
 #pragma once
-
-#include "../vec.h"
 
 #include <algorithm>
 #include <array>
 #include <cstdint>
 #include <cstring>
 #include <utility>
+
+#include "../vec.h"
 
 namespace lorakern {
 
@@ -117,9 +117,10 @@ constexpr std::array<TileFn<acc_t>, sizeof...(kRows)> tiles_of(
   return {tile<acc_t, kRows + 1, kVecs, kPairs, kColumnMajor>...};
 }
 
-// A panel is gone through in runs of k that stay in L1 for all rows. They also keep long sums exact:
-// rounding grows with the root of a run's length and of their number. A narrow panel is the down
-// product of a small rank, whose error the up product spreads: there plain torch has short runs too.
+// A panel is gone through in runs of k that stay in L1 for all rows. They also keep long sums
+// exact: rounding grows with the root of a run's length and of their number. A narrow panel is the
+// down product of a small rank, whose error the up product spreads: there plain torch has short
+// runs too.
 constexpr int64_t kWideRun = 256, kNarrowRun = 16;
 
 // c[rows, cols] of one panel, in tiles of nearly equal height. `wide`: kPanel columns, else kWidth.

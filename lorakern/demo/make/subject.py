@@ -37,7 +37,7 @@ def main() -> None:
         path = options.out / f"{SUBJECT}_{style}_{ground or 'white'}.png"
         Image.fromarray(on_ground(pictures[found[style]], ground)).save(path, optimize=True)
         place = f" on {article(ground)} background" if ground else ""
-        words = f"{article(f'{TOKEN} {SUBJECT}')}{place}, {STYLES[style]}"
+        words = f"{article(TOKEN)}{place}, {STYLES[style]}"
         path.with_suffix(".txt").write_text(words + "\n")
 
 

@@ -55,7 +55,7 @@ SCHEDULER = {
     "clip_sample": False,
     "set_alpha_to_one": True,
 }
-MIX = {"plain": 0.5, "ground": 0.18, "colour": 0.2, "both": 0.12}
+MIX = {"plain": 0.62, "ground": 0.12, "colour": 0.16, "both": 0.1}
 EMPTY = 0.1
 PEAK_RATES = (4e-3, 1e-3)
 

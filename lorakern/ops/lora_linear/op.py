@@ -58,8 +58,7 @@ _whole: dict[torch.dtype, Callable | bool] = backend.memory_of_picks()
 
 def _find_whole(*args) -> Callable | bool:
     on_cpp = backend.pick(_fwd, *args) == "cpp" and backend.forced(_bwd) in (None, "cpp")
-    native = torch.ops.lorakern_native
-    return on_cpp and hasattr(native, "lora_linear_cpu") and native.lora_linear_cpu.default
+    return on_cpp and torch.ops.lorakern_native.lora_linear_cpu.default
 
 
 def lora_linear(
