@@ -96,7 +96,7 @@ def measure(
 
 
 def table(rows: list[record.Row]) -> str:
-    """Rows of one case as text; a * marks the fastest layer and the fastest kernel."""
+    """Rows of one case as text; a * marks the layer and the kernel of the lowest cost."""
     first = rows[0]
     directions = list(dict.fromkeys(r.direction for r in rows))
     by = {(r.backend, r.direction): r for r in rows}
@@ -106,7 +106,7 @@ def table(rows: list[record.Row]) -> str:
     for direction in directions:
         for group in (set(names) - set(kernels) - {"frozen"}, kernels):
             if group:
-                best.add(min((by[n, direction].median_us, n, direction) for n in group)[1:])
+                best.add(min((by[n, direction].cost_over_frozen, n, direction) for n in group)[1:])
 
     lines = [
         f"{first.op} {first.case} {first.dtype}, {first.device}, {first.threads} threads,"

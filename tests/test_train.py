@@ -145,13 +145,16 @@ def test_cache_is_used_and_follows_the_content(home, make, tmp_path, monkeypatch
     shared = {**chosen, "cache": tmp_path / "first" / "cache"}
     one = fit(make("second", **shared)).losses
     assert len(encoded) == 5
-    # a new picture under an old name, an old picture under a new name, a torn entry
-    image = next(copy.glob("0-*.png"))
-    Image.new("RGB", (16, 16), "orange").save(image)
+    # an old picture under a new name
     (copy / "1-green.png").rename(copy / "9-green.png")
     (copy / "1-green.txt").rename(copy / "9-green.txt")
-    fit(make("third", **shared))
+    fit(make("renamed", **shared))
+    assert len(encoded) == 5
+    # a new picture under an old name
+    Image.new("RGB", (16, 16), "orange").save(next(copy.glob("0-*.png")))
+    fit(make("changed", **shared))
     assert len(encoded) == 6
+    # an entry that is torn
     shutil.rmtree(copy)
     shutil.copytree(home / "data", copy)
     torn = max(shared["cache"].iterdir(), key=lambda f: f.stat().st_size)

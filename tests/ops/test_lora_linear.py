@@ -21,7 +21,8 @@ op = importlib.import_module("lorakern.ops.lora_linear.op")
 
 # leading dims of x, I, O, R.  Odd sizes reach every mask; 1 and R > I reach the edges.
 SHAPES = [
-    ((2, 77), 768, 80, 4),  # 77 text tokens of 768, as SD 1.5's cross-attention has them
+    ((2, 77), 768, 320, 4),  # cross-attention to_k of SD 1.5: 77 text tokens of 768
+    ((77,), 192, 80, 4),
     ((63,), 33, 65, 3),
     ((1, 1), 16, 24, 5),
     ((5, 2, 7), 8, 40, 16),
