@@ -8,6 +8,8 @@
 #include "lora_linear.h"
 
 #include <ATen/Dispatch.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -109,6 +111,16 @@ const scalar_t* data(const at::Tensor& t) {
   return t.const_data_ptr<scalar_t>();
 }
 
+// Few rows do not repay packing a large weight: then torch's own products, and the update added in
+// place. Only where a sum is as wide as a result, so that nothing is rounded in between.
+constexpr int64_t kFewRows = 256;
+constexpr int64_t kLargeWeight = 1 << 19;
+
+bool few_rows(const at::Tensor& x, int64_t M, int64_t weight_size) {
+  const bool wide = x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble;
+  return wide && M <= kFewRows && weight_size >= kLargeWeight;
+}
+
 }  // namespace
 
 std::tuple<at::Tensor, at::Tensor> lora_linear_fwd_cpu(const at::Tensor& x,
@@ -137,6 +149,15 @@ std::tuple<at::Tensor, at::Tensor> lora_linear_fwd_cpu(const at::Tensor& x,
   sizes.back() = R;
   at::Tensor h = at::empty(sizes, x.options());
   if (M == 0) return {y, h};
+  if (few_rows(x, M, O * I)) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    const at::Tensor x_MI = x.view({M, I});
+    at::Tensor y_MO = y.view({M, O}), h_MR = h.view({M, R});
+    at::mm_out(h_MR, x_MI, d.t());
+    bias ? at::addmm_out(y_MO, b, x_MI, w.t()) : at::mm_out(y_MO, x_MI, w.t());
+    at::addmm_out(y_MO, y_MO, h_MR, u.t(), 1, scale);
+    return {y, h};
+  }
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "lora_linear", [&] {
     const LowRank<scalar_t> p{M,
                               I,

@@ -4,6 +4,7 @@ Everything goes the way of a user: a config, `train`, the files it wrote, `load`
 """
 
 import argparse
+import itertools
 import time
 from pathlib import Path
 
@@ -34,12 +35,12 @@ ZOOM = 2
 def main(words: list[str]) -> int:
     """Run the demo; returns the exit code."""
     parser = argparse.ArgumentParser("lorakern demo", description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("lorakern-demo"), help="folder to write")
+    parser.add_argument("--out", type=Path, help="new folder to write (lorakern-demo)")
     parser.add_argument("--steps", type=int, default=200, help="updates of the adapter (200)")
     parser.add_argument("--rank", type=int, default=8, help="of the adapter (8)")
     given = parser.parse_args(words)
     start = time.perf_counter()
-    config = _config(given)
+    config = _config(given, given.out or _free(Path("lorakern-demo")))
     subject = [Image.open(path).convert("RGB") for path in sorted(SUBJECT.glob("*.png"))]
 
     print(f"The model: {BASE}, a Stable Diffusion of 64 x 64 pixels trained from scratch.")
@@ -89,12 +90,18 @@ def main(words: list[str]) -> int:
     return 0
 
 
-def _config(given: argparse.Namespace) -> Config:
+def _free(path: Path) -> Path:
+    """The path, or the first of path-2, path-3 ... that does not exist."""
+    numbered = (path.with_name(f"{path.name}-{i}") for i in itertools.count(2))
+    return next(p for p in itertools.chain([path], numbered) if not p.exists())
+
+
+def _config(given: argparse.Namespace, out: Path) -> Config:
     return from_dict(
         {
             "model": str(BASE),
             "data": str(SUBJECT),
-            "output": str(given.out),
+            "output": str(out),
             "name": "sks",
             "formats": ["kohya", "diffusers"],
             "steps": given.steps,

@@ -38,19 +38,18 @@ OBJECT_GROUPS = range(3, 8)
 class Pictures:
     """Random training batches: pictures on white or flat grounds, flipped, channels permuted."""
 
-    def __init__(self, work: Path):
+    def __init__(self, work: Path, trained: float = 4.0):
         pictures, rows = load(work)
-        names = concepts()
+        names, self.trained = concepts(), trained
         self.pictures = torch.from_numpy(pictures)
         self.weights = torch.tensor([self.weight(row, names) for row in rows])
 
-    @staticmethod
-    def weight(row: dict, names: dict[str, str]) -> float:
+    def weight(self, row: dict, names: dict[str, str]) -> float:
         """How often a picture is drawn: never if held out, most often if the UNet learns it."""
         if row["held_out"]:
             return 0.0
         if row["label"] in names:
-            return 4.0
+            return self.trained
         return 2.0 if row["group"] in OBJECT_GROUPS else 1.0
 
     def batch(self, size: int) -> torch.Tensor:
@@ -152,21 +151,41 @@ def normalise(vae: AutoencoderKL, images: torch.Tensor) -> AutoencoderKL:
 
 
 def tune_decoder(
-    vae: AutoencoderKL, work: Path, steps: int = 700, batch: int = 16, lr: float = 1e-3
+    vae: AutoencoderKL, work: Path, cycles: tuple[int, ...] = (700, 600)
 ) -> AutoencoderKL:
-    """Stage 2: the decoder alone, on frozen latents with a little noise."""
-    torch.manual_seed(1)
-    pictures = Pictures(work)
+    """Stage 2, in cycles of steps: the decoder alone, on frozen latents.
+
+    The first cycle adds little noise; the later ones add more, for the errors of a small UNet, and
+    draw mostly the concepts that it learns.
+    """
+    for index, steps in enumerate(cycles):
+        noise, trained = ((0.0, 0.3), 16.0) if index else ((0.05, 0.05), 4.0)
+        vae = tune_cycle(vae, work, steps, noise, trained, seed=1 + index)
+    return vae
+
+
+def tune_cycle(
+    vae: AutoencoderKL,
+    work: Path,
+    steps: int,
+    noise: tuple[float, float],
+    trained: float,
+    seed: int,
+) -> AutoencoderKL:
+    """One cycle: noise of a deviation drawn between two, trained concepts weighted `trained`."""
+    torch.manual_seed(seed)
+    pictures = Pictures(work, trained)
     parameters = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
 
     def forward(images):
         with torch.no_grad():
             latents = vae.encode(images).latent_dist.mean
-        latents = latents + 0.05 * torch.randn_like(latents)
+        deviation = torch.empty(len(latents), 1, 1, 1).uniform_(*noise)
+        latents = latents + deviation * torch.randn_like(latents)
         return reconstruction_loss(vae.decode(latents).sample, images)
 
     decay_from = int(0.3 * steps)
-    return _train(vae, parameters, forward, pictures, steps, batch, lr, decay_from, "decoder")
+    return _train(vae, parameters, forward, pictures, steps, 16, 1e-3, decay_from, "decoder")
 
 
 @torch.no_grad()
