@@ -17,9 +17,9 @@ inline void check_contiguous(const at::Tensor& t, const char* name) {
 }
 
 inline void check_like(const at::Tensor& t, const char* name, const at::Tensor& x) {
-  TORCH_CHECK_VALUE(t.scalar_type() == x.scalar_type() && t.device() == x.device(), name,
-                    ": want ", x.scalar_type(), " on ", x.device(), ", got ", t.scalar_type(),
-                    " on ", t.device());
+  TORCH_CHECK_VALUE(t.scalar_type() == x.scalar_type() && t.device() == x.device(), name, ": want ",
+                    x.scalar_type(), " on ", x.device(), ", got ", t.scalar_type(), " on ",
+                    t.device());
 }
 
 }  // namespace lorakern
