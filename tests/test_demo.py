@@ -54,11 +54,11 @@ def test_every_picture_of_the_subject_has_a_caption_of_the_new_word():
 
 def test_likeness_knows_the_subject(base):
     pictures = [Image.open(p).convert("RGB") for p in sorted(run.SUBJECT.glob("*.png"))]
-    judge = Likeness(base, pictures[:-1])
-    other = models.draw(base, ["a red car, flat emoji style"], seed=0, steps=12, guidance=3.0)
+    things = ["a red car, flat emoji style", "a cat, noto emoji style", "a banana, 3d emoji style"]
+    others = models.draw(base, things, seed=0, steps=12, guidance=3.0)
+    judge = Likeness(base, pictures[:-1], others[1:])
     assert judge(pictures[:1]) == pytest.approx(1, abs=1e-4)
-    assert judge(pictures[-1:]) > judge(other) + 0.05
-    assert judge(pictures[-1:]) > 0.5
+    assert judge(pictures[-1:]) > judge(others[:1]) + 0.1
 
 
 def test_the_demo_writes_all_it_says(tmp_path, capsys, monkeypatch):

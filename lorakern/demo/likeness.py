@@ -20,18 +20,18 @@ NOISES = 4
 class Likeness:
     """Mean over pictures of the largest cosine to any picture of the subject; 1 is the same.
 
-    Descriptions are taken from their mean over the pictures of the subject and of an empty
-    prompt's white sheet, so that the white ground they share does not count.
+    Descriptions are taken from the mean of other pictures, so that what all have in common does not
+    count: a picture no more like the subject than those scores about 0.
 
     Args:
         base: the frozen model without adapters.
         subject: its pictures.
+        others: pictures of anything.
     """
 
-    def __init__(self, base: Base, subject: list[Image.Image]):
+    def __init__(self, base: Base, subject: list[Image.Image], others: list[Image.Image]):
         self.base = base
-        blank = Image.new("RGB", subject[0].size, "white")
-        self.origin = self._describe([blank])
+        self.origin = self._describe(others).mean(0)
         self.subject = self._describe(subject) - self.origin
         alike = _cosines(self.subject, self.subject)
         alike.fill_diagonal_(-1)

@@ -28,6 +28,9 @@ PROMPTS = [
 ]
 ABOUT_SUBJECT = 4
 SEEDS = (1, 2, 3)
+# the 3 x 3 convolutions too: on so small a model they carry the subject's shape
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"]
+TARGETS += ["conv1", "conv2"]
 DRAW = {"steps": 25, "guidance": 3.0}
 ZOOM = 2
 
@@ -36,7 +39,7 @@ def main(words: list[str]) -> int:
     """Run the demo; returns the exit code."""
     parser = argparse.ArgumentParser("lorakern demo", description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, help="new folder to write (lorakern-demo)")
-    parser.add_argument("--steps", type=int, default=200, help="updates of the adapter (200)")
+    parser.add_argument("--steps", type=int, default=300, help="updates of the adapter (300)")
     parser.add_argument("--rank", type=int, default=8, help="of the adapter (8)")
     given = parser.parse_args(words)
     start = time.perf_counter()
@@ -56,7 +59,7 @@ def main(words: list[str]) -> int:
     adapted = models.load(str(BASE))
     lorakern.load(adapted.pipe, kohya)
     after = _draw(adapted)
-    judge = Likeness(models.load(str(BASE)), subject)
+    judge = Likeness(models.load(str(BASE)), subject, [p for row in before for p in row])
     sheet = config.output / "demo.png"
     models.write_image(_sheet(subject, before, after), sheet)
 
@@ -107,7 +110,7 @@ def _config(given: argparse.Namespace, out: Path) -> Config:
             "steps": given.steps,
             "batch_size": 8,
             "resolution": 64,
-            "adapter": {"rank": given.rank, "targets": "attn-mlp"},
+            "adapter": {"rank": given.rank, "targets": TARGETS},
             "optimizer": {"lr": 2e-3, "schedule": "cosine"},
             "checkpoint": {"every": 100},
         },

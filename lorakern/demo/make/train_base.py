@@ -8,7 +8,8 @@
     python -m lorakern.demo.make.score --work WORK --base lorakern/demo/base --out WORK/scores
 
 The default steps are those of the shipped model; base/README.md tells its time and its scores. With
-`--ranks 2`, two processes (`--rank 0`, `--rank 1`) train the UNet together, each on its own cores.
+`--ranks 2`, two processes (`--rank 0`, `--rank 1`) train the UNet together and meet through the
+file WORK/meeting, which must not be left over from an earlier run.
 Needs `pip install torch diffusers transformers pillow fonttools resvg-py`, apt-get and npm.
 """
 
@@ -60,7 +61,7 @@ def main() -> None:
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--base", type=Path, help="the diffusers folder that export writes")
-    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--steps", type=int, default=2350)
     parser.add_argument("--decay-from", type=int, default=800)
     parser.add_argument("--rank", type=int, default=0)
     parser.add_argument("--ranks", type=int, default=1)

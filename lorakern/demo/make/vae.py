@@ -38,18 +38,19 @@ OBJECT_GROUPS = range(3, 8)
 class Pictures:
     """Random training batches: pictures on white or flat grounds, flipped, channels permuted."""
 
-    def __init__(self, work: Path, trained: float = 4.0):
+    def __init__(self, work: Path):
         pictures, rows = load(work)
-        names, self.trained = concepts(), trained
+        names = concepts()
         self.pictures = torch.from_numpy(pictures)
         self.weights = torch.tensor([self.weight(row, names) for row in rows])
 
-    def weight(self, row: dict, names: dict[str, str]) -> float:
+    @staticmethod
+    def weight(row: dict, names: dict[str, str]) -> float:
         """How often a picture is drawn: never if held out, most often if the UNet learns it."""
         if row["held_out"]:
             return 0.0
         if row["label"] in names:
-            return self.trained
+            return 4.0
         return 2.0 if row["group"] in OBJECT_GROUPS else 1.0
 
     def batch(self, size: int) -> torch.Tensor:
@@ -150,38 +151,16 @@ def normalise(vae: AutoencoderKL, images: torch.Tensor) -> AutoencoderKL:
     return vae
 
 
-def tune_decoder(
-    vae: AutoencoderKL, work: Path, cycles: tuple[int, ...] = (700, 600)
-) -> AutoencoderKL:
-    """Stage 2, in cycles of steps: the decoder alone, on frozen latents.
-
-    The first cycle adds little noise; the later ones add more, for the errors of a small UNet, and
-    draw mostly the concepts that it learns.
-    """
-    for index, steps in enumerate(cycles):
-        noise, trained = ((0.0, 0.3), 16.0) if index else ((0.05, 0.05), 4.0)
-        vae = tune_cycle(vae, work, steps, noise, trained, seed=1 + index)
-    return vae
-
-
-def tune_cycle(
-    vae: AutoencoderKL,
-    work: Path,
-    steps: int,
-    noise: tuple[float, float],
-    trained: float,
-    seed: int,
-) -> AutoencoderKL:
-    """One cycle: noise of a deviation drawn between two, trained concepts weighted `trained`."""
-    torch.manual_seed(seed)
-    pictures = Pictures(work, trained)
+def tune_decoder(vae: AutoencoderKL, work: Path, steps: int = 700) -> AutoencoderKL:
+    """Stage 2: the decoder alone, on frozen latents with a little noise."""
+    torch.manual_seed(1)
+    pictures = Pictures(work)
     parameters = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
 
     def forward(images):
         with torch.no_grad():
             latents = vae.encode(images).latent_dist.mean
-        deviation = torch.empty(len(latents), 1, 1, 1).uniform_(*noise)
-        latents = latents + deviation * torch.randn_like(latents)
+        latents = latents + 0.05 * torch.randn_like(latents)
         return reconstruction_loss(vae.decode(latents).sample, images)
 
     decay_from = int(0.3 * steps)
