@@ -65,7 +65,8 @@ def main(words: list[str]) -> int:
 
     print("4/4  drawing once more with stock diffusers and the saved file ...", flush=True)
     stock = models.load(str(BASE))
-    stock.pipe.load_lora_weights(str(diffusers))
+    with models.quiet_libraries():
+        stock.pipe.load_lora_weights(str(diffusers))
     difference = _largest_difference(after, _draw(stock))
 
     tail = result.losses[-25:]
