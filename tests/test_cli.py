@@ -9,18 +9,11 @@ import tiny
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from training import one_thread  # noqa: F401  a fixture for every test here
 
 from lorakern import cli, config, models
 from lorakern import plan as plans
 from lorakern.adapters import find
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
