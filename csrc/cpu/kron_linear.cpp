@@ -64,8 +64,8 @@ struct Backward : Block<scalar_t, kPairs> {
 
   static int64_t size(const Kron<acc_t>& f, int64_t block) {
     const int64_t Pp = padded<acc_t>(f.P), Qp = padded<acc_t>(f.Q);
-    return block * (f.A * f.P + f.B * (f.Q + 2 * Pp)) + f.P * padded<acc_t>(f.B) + f.B * Qp +
-           2 * kSlack<acc_t>;
+    return block * (f.A * f.P + f.B * (f.Q + 2 * Pp)) + (f.A + f.P) * padded<acc_t>(f.B) +
+           f.B * Qp + 2 * kSlack<acc_t>;
   }
 
   void start(int64_t slot, int64_t row, int64_t rows, acc_t* sums, int64_t ld) {
@@ -75,7 +75,8 @@ struct Backward : Block<scalar_t, kPairs> {
     acc_t* const xs = dy + rows * O + kSlack<acc_t>;
     acc_t* const h = xs + rows * I + kSlack<acc_t>;
     acc_t* const t = h + rows * f.B * Pp;
-    acc_t* const small = t + rows * f.B * Pp;
+    acc_t* const run = t + rows * f.B * Pp;
+    acc_t* const small = run + f.A * Bp;
     acc_t* const slot_dc = dc + slot * f.A * Bp;
     acc_t* const slot_dd = dd + slot * f.P * padded<acc_t>(f.Q);
     widen(dy, this->p.a + row * O, rows * O);
@@ -87,14 +88,17 @@ struct Backward : Block<scalar_t, kPairs> {
     if (need_dc) turned.multiply(h, xs, f.Q, rows * f.B);
     for (int64_t m = 0; m < rows; ++m) {
       if (need_dc) {
-        // dC += dY Hᵀ
+        // dC += dY Hᵀ, in short runs, which keep a long sum exact
+        const bool goes_on = m % kNarrowRun != 0;
         for (int64_t b = 0; b < f.B; b += kPanel<acc_t>) {
           const int64_t used = std::min<int64_t>(kPanel<acc_t>, f.B - b);
           const int64_t width = used > kWidth<acc_t> ? kPanel<acc_t> : kWidth<acc_t>;
           pack_transposed(small, width, h + (m * f.B + b) * Pp, Pp, used, f.P);
-          multiply_panel<acc_t, false, false>(slot_dc + b, Bp, add || m > 0, f.A,
-                                              width == kPanel<acc_t>,
+          multiply_panel<acc_t, false, false>(run + b, Bp, goes_on, f.A, width == kPanel<acc_t>,
                                               {dy + m * O, f.P, small, width, f.P});
+        }
+        if (m + 1 == rows || (m + 1) % kNarrowRun == 0) {
+          for (int64_t i = 0; i < f.A * Bp; ++i) slot_dc[i] += run[i];
         }
       }
       // T = s · Cᵀ dY
@@ -206,7 +210,7 @@ SixTensors kron_linear_bwd_cpu(const at::Tensor& dy, const at::Tensor& x, const 
         const Rows rows(M, pairs.value ? O / 2 : O, sizeof(acc_t), M * O * I);
         const int64_t size = Op::size(f, rows.block) + kSlack<acc_t>;
         at::Tensor room = scratch<acc_t>(rows.slots * size, x.options());
-        parts_c = scratch<acc_t>(rows.slots * f.A * Bp, x.options());
+        parts_c = scratch<acc_t>(rows.slots * f.A * Bp, x.options()).zero_();
         parts_d = scratch<acc_t>(rows.slots * f.P * Qp, x.options());
         Op op{{p}, f, data<scalar_t>(x), c.const_data_ptr<acc_t>(), turned, straight,
               needs[0], need_dc, need_dd, rows, room.mutable_data_ptr<acc_t>(),
