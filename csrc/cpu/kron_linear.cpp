@@ -82,7 +82,7 @@ struct Backward : Block<scalar_t, kPairs> {
     widen(dy, this->p.a + row * O, rows * O);
     if (this->p.gain) {
       for (int64_t m = 0; m < rows; ++m)
-        for (int64_t o = 0; o < O; ++o) dy[m * O + o] *= static_cast<acc_t>(this->p.gain[o]);
+        for (int64_t o = 0; o < O; ++o) dy[m * O + o] *= this->p.gain[o];
     }
     if (need_dc || need_dd) widen(xs, x + row * I, rows * I);
     if (need_dc) turned.multiply(h, xs, f.Q, rows * f.B);
@@ -156,7 +156,7 @@ at::Tensor kron_linear_fwd_cpu(const at::Tensor& x, const at::Tensor& weight,
   const int64_t O = weight.size(0), I = weight.size(1);
   TORCH_CHECK_VALUE(x.size(-1) == I, "x: want [..., ", I, "], got ", x.sizes());
   const at::Tensor w = weight.contiguous(), b = row_vector(bias, "bias", O, x),
-                   g = row_vector(gain, "gain", O, x);
+                   g = row_gain(gain, O, x);
   auto sizes = x.sizes().vec();
   sizes.back() = O;
   at::Tensor y = at::empty(sizes, x.options());
@@ -182,9 +182,9 @@ SixTensors kron_linear_bwd_cpu(const at::Tensor& dy, const at::Tensor& x, const 
   check_contiguous(dy, "dy");
   check_like(dy, "dy", x);
   TORCH_CHECK_VALUE(dy.numel() == M * O, "dy: want ", M, " rows of ", O, ", got ", dy.sizes());
-  const at::Tensor w = weight.contiguous(), g = row_vector(gain, "gain", O, x);
+  const at::Tensor w = weight.contiguous(), g = row_gain(gain, O, x);
   at::Tensor dx = at::empty(needs[0] ? x.sizes() : at::IntArrayRef{0}, x.options());
-  at::Tensor dgain = at::zeros({needs[5] ? O : 0}, x.options());
+  at::Tensor dgain = at::zeros({needs[5] ? O : 0}, gain ? gain->options() : x.options());
   const bool need_dc = needs[1] || needs[2], need_dd = needs[3] || needs[4];
   at::Tensor dc, dd;
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "kron_linear", [&] {
@@ -192,7 +192,7 @@ SixTensors kron_linear_bwd_cpu(const at::Tensor& dy, const at::Tensor& x, const 
     const auto f = whole<scalar_t>(c_up, c_down, d_up, d_down);
     if (needs[5] && M > 0) {
       with_forward(forward_product<scalar_t>(x, w, {}, {}, {}, {}, {}), f, scale, [&](auto& op) {
-        gain_gradient(op, data<scalar_t>(dy), dgain.mutable_data_ptr<scalar_t>());
+        gain_gradient(op, data<scalar_t>(dy), dgain.mutable_data_ptr<at::opmath_type<scalar_t>>());
       });
     }
     const int64_t Bp = padded<acc_t>(f.B), Qp = padded<acc_t>(f.Q);
@@ -201,7 +201,7 @@ SixTensors kron_linear_bwd_cpu(const at::Tensor& dy, const at::Tensor& x, const 
     const LowRank<scalar_t> p{M, O, needs[0] ? I : 0, 0, data<scalar_t>(dy), data<scalar_t>(w),
                               nullptr, nullptr, nullptr, false,
                               needs[0] ? dx.mutable_data_ptr<scalar_t>() : nullptr, x.options(),
-                              data_or_null<scalar_t>(g)};
+                              data_or_null<at::opmath_type<scalar_t>>(g)};
     at::Tensor parts_c = scratch<acc_t>(f.A * Bp, x.options()).zero_(),
                parts_d = scratch<acc_t>(f.P * Qp, x.options()).zero_();
     if (M > 0 && (needs[0] || need_dc || need_dd)) {
