@@ -25,6 +25,7 @@ SHAPES = [
     ((5, 2, 7), (40, 2), (1, 4), 1, None),
     ((3, 43), (3, 33), (11, 1), None, None),
     ((300,), (17, 34), (10, 20), None, 4),
+    ((70,), (2, 3), (52, 61), None, 3),
     ((9, 4), (2, 20), (12, 40), None, None),
 ]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=name)
