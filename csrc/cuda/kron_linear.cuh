@@ -70,6 +70,15 @@ __device__ __forceinline__ void add_columns_by_columns(acc_t (&sums)[4][4], cons
   }
 }
 
+// A short sum to a long one: the long one then takes few roundings
+template <int kRows, int kCols, typename acc_t>
+__device__ __forceinline__ void add(acc_t (&to)[kRows][kCols], const acc_t (&from)[kRows][kCols]) {
+#pragma unroll
+  for (int i = 0; i < kRows; ++i)
+#pragma unroll
+    for (int j = 0; j < kCols; ++j) to[i][j] += from[i][j];
+}
+
 // dc_parts[part, A, B], dd_parts[part, P, Q]; dy [M, A P], x [M, B Q], gain [A P] or null for 1.
 //
 // kC: side of a tile of C; kKronSide / kC rows are taken at once. dc_parts has one part for each
@@ -140,10 +149,17 @@ __global__ void __launch_bounds__(kKronLinearThreads, sizeof(acc_t) == 8 ? 4 : 6
         for (int j = 0; j < 4; ++j) t_s[(ty * 4 + i) * kKronPitch + tx * 4 + j] = t[i][j];
     }
     __syncthreads();
-    if (dc_parts)
+    if (dc_parts) {
+      acc_t step[kMicro][kMicro] = {};
       for (int m = 0; m < kAtOnce; ++m)
-        add_rows_by_rows(dc, y_s + m * kC * kKronPitch, h_s + m * kC * kKronPitch, ty, tx);
-    if (dd_parts) add_columns_by_columns(dd, t_s, x_s, kKronSide, ty * 4, tx * 4);
+        add_rows_by_rows(step, y_s + m * kC * kKronPitch, h_s + m * kC * kKronPitch, ty, tx);
+      add(dc, step);
+    }
+    if (dd_parts) {
+      acc_t step[4][4] = {};
+      add_columns_by_columns(step, t_s, x_s, kKronSide, ty * 4, tx * 4);
+      add(dd, step);
+    }
     __syncthreads();
   }
 

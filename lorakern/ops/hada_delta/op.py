@@ -4,19 +4,27 @@ import torch
 from torch import Tensor
 
 from lorakern import backend
+from lorakern.backend import Kernel
 from lorakern.ops import check
 from lorakern.ops.hada_delta import reference
+
+
+def _refuse_cuda(first, *_) -> str | None:
+    return None if first.is_cuda else f"tensors are on {first.device.type}; this kernel is for cuda"
+
 
 _fwd = backend.define(
     "hada_delta_fwd",
     "(Tensor down1, Tensor up1, Tensor down2, Tensor up2, Tensor scale) -> Tensor",
     reference.hada_delta_fwd,
+    cuda=Kernel("native:hada_delta_fwd_cuda", _refuse_cuda),
 )
 _bwd = backend.define(
     "hada_delta_bwd",
     "(Tensor ddelta, Tensor down1, Tensor up1, Tensor down2, Tensor up2, Tensor scale,"
     " bool[4] needs) -> (Tensor ddown1, Tensor dup1, Tensor ddown2, Tensor dup2)",
     reference.hada_delta_bwd,
+    cuda=Kernel("native:hada_delta_bwd_cuda", _refuse_cuda),
 )
 
 

@@ -4,16 +4,26 @@ import torch
 from torch import Tensor
 
 from lorakern import backend
+from lorakern.backend import Kernel
 from lorakern.ops import check
 from lorakern.ops.kron_delta import reference
 
+
+def _refuse_cuda(first, *_) -> str | None:
+    return None if first.is_cuda else f"tensors are on {first.device.type}; this kernel is for cuda"
+
+
 _fwd = backend.define(
-    "kron_delta_fwd", "(Tensor c, Tensor d, Tensor scale) -> Tensor", reference.kron_delta_fwd
+    "kron_delta_fwd",
+    "(Tensor c, Tensor d, Tensor scale) -> Tensor",
+    reference.kron_delta_fwd,
+    cuda=Kernel("native:kron_delta_fwd_cuda", _refuse_cuda),
 )
 _bwd = backend.define(
     "kron_delta_bwd",
     "(Tensor ddelta, Tensor c, Tensor d, Tensor scale, bool[2] needs) -> (Tensor dc, Tensor dd)",
     reference.kron_delta_bwd,
+    cuda=Kernel("native:kron_delta_bwd_cuda", _refuse_cuda),
 )
 
 
