@@ -1,7 +1,5 @@
 // Launchers of hada_delta on CUDA; kernels in hada_delta.cuh.
 
-#include "hada_delta.cuh"
-
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
 #include <ATen/ops/empty.h>
@@ -11,6 +9,7 @@
 #include <array>
 #include <tuple>
 
+#include "hada_delta.cuh"
 #include "launch.h"
 
 namespace lorakern {
@@ -20,13 +19,13 @@ namespace {
 constexpr int64_t kMostHadaRanks = 1 << 30;
 
 void check_hada_factors(const at::Tensor& down1, const at::Tensor& up1, const at::Tensor& down2,
-                   const at::Tensor& up2) {
+                        const at::Tensor& up2) {
   const int64_t O = up1.size(0), I = down1.size(1), R1 = down1.size(0), R2 = down2.size(0);
   check_shape(up1, "up1", {O, R1});
   check_shape(down2, "down2", {R2, I});
   check_shape(up2, "up2", {O, R2});
-  TORCH_CHECK_VALUE(R1 <= kMostHadaRanks && R2 <= kMostHadaRanks, "want ranks up to ", kMostHadaRanks, ", got ",
-                    R1, " and ", R2);
+  TORCH_CHECK_VALUE(R1 <= kMostHadaRanks && R2 <= kMostHadaRanks, "want ranks up to ",
+                    kMostHadaRanks, ", got ", R1, " and ", R2);
   for (const auto& [t, name] : {std::pair{&up1, "up1"}, {&down2, "down2"}, {&up2, "up2"}})
     check_like(*t, name, down1);
 }
@@ -43,9 +42,8 @@ at::Tensor hada_delta_fwd_cuda(const at::Tensor& down1, const at::Tensor& up1,
   at::Tensor dw = at::empty({O, I}, down1.options());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dw.scalar_type(), "hada_delta", [&] {
     using acc_t = at::opmath_type<scalar_t>;
-    launch(&hada_delta_fwd_kernel<scalar_t, acc_t>,
-           ceil_div(O, kHadaTile) * ceil_div(I, kHadaTile), kHadaThreads,
-           kHadaShared * sizeof(acc_t), dw.mutable_data_ptr<scalar_t>(),
+    launch(&hada_delta_fwd_kernel<scalar_t, acc_t>, ceil_div(O, kHadaTile) * ceil_div(I, kHadaTile),
+           kHadaThreads, kHadaShared * sizeof(acc_t), dw.mutable_data_ptr<scalar_t>(),
            d1.const_data_ptr<scalar_t>(), u1.const_data_ptr<scalar_t>(),
            d2.const_data_ptr<scalar_t>(), u2.const_data_ptr<scalar_t>(), scale, O, I, d1.size(0),
            d2.size(0));
@@ -85,10 +83,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> hada_delta_bwd_cuda(
       launch(&hada_delta_bwd_kernel<scalar_t, acc_t>, blocks_O * blocks_I, kHadaThreads,
              kHadaBackwardShared * sizeof(acc_t),
              need_down ? down_parts.mutable_data_ptr<acc_t>() : nullptr,
-             need_up ? up_parts.mutable_data_ptr<acc_t>() : nullptr,
-             dw.const_data_ptr<scalar_t>(), down.const_data_ptr<scalar_t>(),
-             up.const_data_ptr<scalar_t>(), other.const_data_ptr<scalar_t>(),
-             other_up.const_data_ptr<scalar_t>(), scale, O, I, down.size(0), other.size(0), span);
+             need_up ? up_parts.mutable_data_ptr<acc_t>() : nullptr, dw.const_data_ptr<scalar_t>(),
+             down.const_data_ptr<scalar_t>(), up.const_data_ptr<scalar_t>(),
+             other.const_data_ptr<scalar_t>(), other_up.const_data_ptr<scalar_t>(), scale, O, I,
+             down.size(0), other.size(0), span);
       if (need_down) sum_parts<scalar_t, acc_t>(grads[pair], down_parts);
       if (need_up) sum_parts<scalar_t, acc_t>(grads[pair + 1], up_parts);
     }

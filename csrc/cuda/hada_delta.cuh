@@ -100,9 +100,10 @@ __device__ __forceinline__ void set_or_add(acc_t* to, acc_t value, bool first) {
 
 // Gradients of one pair of factors from f = scale * ddelta * (other_up other_down):
 //
-// down_parts[part, R, I] = up^T f over the rows of a block, up_parts[part, O, R] = f down^T over its
-// columns. A block makes span x span tiles one after the other and adds to parts that are its own:
-// down_parts has one part a block of rows, up_parts one a block of columns. Null where not wanted.
+// down_parts[part, R, I] = up^T f over the rows of a block, up_parts[part, O, R] = f down^T over
+// its columns. A block makes span x span tiles one after the other and adds to parts that are its
+// own: down_parts has one part a block of rows, up_parts one a block of columns. Null where not
+// wanted.
 template <typename scalar_t, typename acc_t>
 __global__ void __launch_bounds__(kHadaThreads)
     hada_delta_bwd_kernel(acc_t* __restrict__ down_parts, acc_t* __restrict__ up_parts,

@@ -1,7 +1,5 @@
 // Launchers of kron_delta on CUDA; kernels in kron_delta.cuh.
 
-#include "kron_delta.cuh"
-
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
 #include <ATen/ops/empty.h>
@@ -12,6 +10,7 @@
 #include <array>
 #include <tuple>
 
+#include "kron_delta.cuh"
 #include "launch.h"
 
 namespace lorakern {

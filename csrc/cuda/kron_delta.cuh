@@ -14,7 +14,8 @@ constexpr int kKronWarps = 8, kKronThreads = 32 * kKronWarps;
 // entries of D that a block of the backward kernel holds, kKronLane of them a lane
 constexpr int kKronLane = 8, kKronTile = 32 * kKronLane;
 
-// dw[A P, B Q] = scale * c[A, B] (x) d[P, Q]; a warp is a row, a lane a pack of kPack, Q % kPack = 0
+// dw[A P, B Q] = scale * c[A, B] (x) d[P, Q]; a warp is a row, a lane a pack of kPack, Q % kPack =
+// 0
 template <typename scalar_t, typename acc_t, int kPack>
 __global__ void __launch_bounds__(kKronThreads)
     kron_delta_fwd_kernel(scalar_t* __restrict__ dw, const scalar_t* __restrict__ c,
@@ -44,8 +45,8 @@ __global__ void __launch_bounds__(kKronThreads)
 
 // dc_parts[part, A, B] and dd_parts[part, P, Q]; scale * c (x) d = dw. Null where not wanted.
 //
-// A block holds kKronTile entries of D and walks `share` entries of C: dd_parts has one part a share
-// of C, dc_parts one a tile of D. Its warps take the entries of the share in turns.
+// A block holds kKronTile entries of D and walks `share` entries of C: dd_parts has one part a
+// share of C, dc_parts one a tile of D. Its warps take the entries of the share in turns.
 template <typename scalar_t, typename acc_t>
 __global__ void __launch_bounds__(kKronThreads)
     kron_delta_bwd_kernel(acc_t* __restrict__ dc_parts, acc_t* __restrict__ dd_parts,

@@ -1,8 +1,6 @@
 // Launchers of the gradients of kron_linear on CUDA; the kernel of those of C and D is in
 // kron_linear.cuh, that of x is torch's products.
 
-#include "kron_linear.cuh"
-
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -19,6 +17,7 @@
 #include <optional>
 #include <tuple>
 
+#include "kron_linear.cuh"
 #include "launch.h"
 
 namespace lorakern {
@@ -72,9 +71,9 @@ void factor_gradients(at::Tensor& dc, at::Tensor& dd, const at::Tensor& dy, cons
 
 // The gradients of the factors alone: dc_up, dc_down, dd_up, dd_down
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> kron_linear_factors_cuda(
-    const at::Tensor& dy, const at::Tensor& x, const at::Tensor& c_up,
-    const OptionalTensor& c_down, const at::Tensor& d_up, const OptionalTensor& d_down,
-    double scale, const OptionalTensor& gain, std::array<bool, 4> needs) {
+    const at::Tensor& dy, const at::Tensor& x, const at::Tensor& c_up, const OptionalTensor& c_down,
+    const at::Tensor& d_up, const OptionalTensor& d_down, double scale, const OptionalTensor& gain,
+    std::array<bool, 4> needs) {
   const at::AutoDispatchBelowADInplaceOrView below;
   check_rank(c_up, c_down, "c_up", "c_down", x);
   check_rank(d_up, d_down, "d_up", "d_down", x);
@@ -100,7 +99,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> kron_linear_factors_c
   const bool any = x.numel() > 0 && dy.numel() > 0;
   at::Tensor dc = make_grad(c, need_dc, any), dd = make_grad(d, need_dd, any);
   if (any && (need_dc || need_dd)) {
-    const at::Tensor dy_MO = dy.contiguous().view({-1, A * P}), x_MI = x.contiguous().view({-1, B * Q});
+    const at::Tensor dy_MO = dy.contiguous().view({-1, A * P}),
+                     x_MI = x.contiguous().view({-1, B * Q});
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "kron_linear", [&] {
       const auto run = std::max(A, B) <= 8    ? factor_gradients<scalar_t, 8>
                        : std::max(A, B) <= 16 ? factor_gradients<scalar_t, 16>
@@ -133,9 +133,8 @@ kron_linear_bwd_cuda(const at::Tensor& dy, const at::Tensor& x, const at::Tensor
   TORCH_CHECK_VALUE(!needs[0] || at::toOpMathType(dtype) == dtype,
                     "dx: want float32 or float64, got ", dtype);
   TORCH_CHECK_VALUE(!needs[5], "dgain: this kernel makes none");
-  auto [dc_up, dc_down, dd_up, dd_down] =
-      kron_linear_factors_cuda(dy, x, c_up, c_down, d_up, d_down, scale, gain,
-                               {needs[1], needs[2], needs[3], needs[4]});
+  auto [dc_up, dc_down, dd_up, dd_down] = kron_linear_factors_cuda(
+      dy, x, c_up, c_down, d_up, d_down, scale, gain, {needs[1], needs[2], needs[3], needs[4]});
   at::Tensor dx = at::empty({0}, x.options()), dgain = at::empty({0}, x.options());
   if (needs[0]) {
     const c10::cuda::CUDAGuard guard(x.device());

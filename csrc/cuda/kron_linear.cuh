@@ -25,7 +25,7 @@ struct KronSizes {
   int64_t share;
 };
 
-// into_s[n, j] = from[(n / kGroup) * row_stride + (n % kGroup) * stride + j], widened; 0 past an edge
+// into_s[n, j] = read(n / kGroup, n % kGroup, j)
 template <int kGroup, typename acc_t, typename Read>
 __device__ __forceinline__ void stage(acc_t* into_s, Read read) {
 #pragma unroll 4

@@ -19,8 +19,8 @@
 
 namespace lorakern {
 
-// Blocks that a launcher aims at: some 8 for each multiprocessor of a large GPU. It cuts sums by this
-// number and not by the device's, so that they have the same bits everywhere.
+// Blocks that a launcher aims at: some 8 for each multiprocessor of a large GPU. It cuts sums by
+// this number and not by the device's, so that they have the same bits everywhere.
 #ifndef LORAKERN_BLOCKS
 #define LORAKERN_BLOCKS 1024
 #endif
@@ -66,9 +66,9 @@ void launch(void (*kernel)(Params...), int64_t blocks, int threads, size_t share
 template <typename out_t, typename acc_t>
 void sum_parts(at::Tensor& out, const at::Tensor& parts) {
   if (out.numel() == 0) return;
-  launch(&sum_parts_kernel<out_t, acc_t>, ceil_div(out.numel(), kSumLanes),
-         kSumLanes * kSumRows, 0, out.template mutable_data_ptr<out_t>(),
-         parts.template const_data_ptr<acc_t>(), out.numel(), parts.numel() / out.numel());
+  launch(&sum_parts_kernel<out_t, acc_t>, ceil_div(out.numel(), kSumLanes), kSumLanes * kSumRows, 0,
+         out.template mutable_data_ptr<out_t>(), parts.template const_data_ptr<acc_t>(),
+         out.numel(), parts.numel() / out.numel());
 }
 
 }  // namespace lorakern

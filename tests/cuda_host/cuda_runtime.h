@@ -44,8 +44,7 @@ struct dim3 {
 namespace lorakern {
 // a block's most on sm_90
 constexpr size_t kMostShared = 227 * 1024, kGuard = 64;
-__attribute__((aligned(32))) inline thread_local unsigned char
-    dynamic_shared[kMostShared + kGuard];
+__attribute__((aligned(32))) inline thread_local unsigned char dynamic_shared[kMostShared + kGuard];
 }  // namespace lorakern
 
 using std::max;
@@ -203,7 +202,9 @@ inline int lane() { return block.current % 32; }
 }  // namespace cuda_host
 
 // read through the C interface, so that a test sets it by ctypes
-extern "C" __attribute__((used)) inline void cuda_host_order(bool reversed) { cuda_host::reversed = reversed; }
+extern "C" __attribute__((used)) inline void cuda_host_order(bool reversed) {
+  cuda_host::reversed = reversed;
+}
 
 inline void __syncthreads() { cuda_host::wait(cuda_host::block.barrier); }
 
