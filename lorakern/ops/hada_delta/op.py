@@ -8,11 +8,13 @@ from lorakern.backend import Kernel
 from lorakern.ops import check
 from lorakern.ops.hada_delta import reference
 
+
 _fwd = backend.define(
     "hada_delta_fwd",
     "(Tensor down1, Tensor up1, Tensor down2, Tensor up2, Tensor scale) -> Tensor",
     reference.hada_delta_fwd,
     cpp=Kernel("native:hada_delta_fwd_cpu", check.only_cpu),
+    cuda=Kernel("native:hada_delta_fwd_cuda", check.only_cuda),
 )
 _bwd = backend.define(
     "hada_delta_bwd",
@@ -20,6 +22,7 @@ _bwd = backend.define(
     " bool[4] needs) -> (Tensor ddown1, Tensor dup1, Tensor ddown2, Tensor dup2)",
     reference.hada_delta_bwd,
     cpp=Kernel("native:hada_delta_bwd_cpu", check.only_cpu),
+    cuda=Kernel("native:hada_delta_bwd_cuda", check.only_cuda),
 )
 
 

@@ -8,6 +8,20 @@ from lorakern.backend import Kernel
 from lorakern.ops import check
 from lorakern.ops.kron_linear import reference
 
+
+def _refuse_cuda(dy, x, *rest) -> str | None:
+    need_dx, *need_factors, need_dgain = rest[-1]
+    if not x.is_cuda:
+        return f"x is on {x.device.type}; this kernel is for cuda"
+    if need_dgain:
+        return "dgain needs the forward product, which this kernel does not make"
+    if need_dx and x.dtype in (torch.float16, torch.bfloat16):
+        return f"dx is two products added in {x.dtype}, rounded in between; it must not be needed"
+    if not any(need_factors):
+        return "no factor needs a gradient; this kernel is for theirs"
+    return None
+
+
 _fwd = backend.define(
     "kron_linear_fwd",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor c_up, Tensor? c_down, Tensor d_up,"
@@ -22,6 +36,7 @@ _bwd = backend.define(
     " -> (Tensor dx, Tensor dc_up, Tensor dc_down, Tensor dd_up, Tensor dd_down, Tensor dgain)",
     reference.kron_linear_bwd,
     cpp=Kernel("native:kron_linear_bwd_cpu", check.only_cpu),
+    cuda=Kernel("native:kron_linear_bwd_cuda", _refuse_cuda),
 )
 
 
