@@ -64,24 +64,25 @@ class Cut:
 
 
 def refuse_fwd(x, weight, bias, down, up, scale, gain) -> str | None:
-    if gain is not None:
-        return "a gain: the kernel has none"
+    return refuse(x, down.shape[0])
+
+
+def refuse_bwd(dy, x, h, weight, down, up, scale, gain, needs) -> str | None:
+    return refuse(x, down.shape[0])
+
+
+def refuse(x: torch.Tensor, *ranks: int) -> str | None:
+    """Why no Triton kernel runs on tensors like x with these ranks; None when one does."""
     if x.dtype == torch.float64:
         return "float64: the kernel sums in float32"
-    if down.shape[0] > MAX_RANK:
-        return f"rank {down.shape[0]} is over {MAX_RANK}"
+    if max(ranks, default=0) > MAX_RANK:
+        return f"rank {max(ranks)} is over {MAX_RANK}"
     if x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         return "bfloat16: Triton's interpreter misreads it" if x.dtype == torch.bfloat16 else None
     if x.device.type != "cuda":
         return f"x is on {x.device.type}; triton runs on cuda"
     major, minor = torch.cuda.get_device_capability(x.device)
     return f"sm_{major}{minor}: the kernel needs sm_80" if major < 8 else None
-
-
-def refuse_bwd(dy, x, h, weight, down, up, scale, gain, needs) -> str | None:
-    if needs[3]:
-        return "a gradient of a gain: the kernel has none"
-    return refuse_fwd(x, weight, None, down, up, scale, gain)
 
 
 @cache
