@@ -4,19 +4,31 @@ import torch
 from torch import Tensor
 
 from lorakern import backend
+from lorakern.backend import Kernel
 from lorakern.ops import check
 from lorakern.ops.hada_delta import reference
+from lorakern.ops.lora_linear import triton_tables as tables
+
+
+def _refuse_triton(down1, up1, down2, *_) -> str | None:
+    return tables.refuse(down1, down1.shape[0], down2.shape[0])
+
 
 _fwd = backend.define(
     "hada_delta_fwd",
     "(Tensor down1, Tensor up1, Tensor down2, Tensor up2, Tensor scale) -> Tensor",
     reference.hada_delta_fwd,
+    triton=Kernel("lorakern.ops.hada_delta.triton_kernel:hada_delta_fwd", _refuse_triton),
 )
 _bwd = backend.define(
     "hada_delta_bwd",
     "(Tensor ddelta, Tensor down1, Tensor up1, Tensor down2, Tensor up2, Tensor scale,"
     " bool[4] needs) -> (Tensor ddown1, Tensor dup1, Tensor ddown2, Tensor dup2)",
     reference.hada_delta_bwd,
+    triton=Kernel(
+        "lorakern.ops.hada_delta.triton_kernel:hada_delta_bwd",
+        lambda ddelta, *args: _refuse_triton(*args),
+    ),
 )
 
 

@@ -4,14 +4,26 @@ import torch
 from torch import Tensor
 
 from lorakern import backend
+from lorakern.backend import Kernel
 from lorakern.ops import check
 from lorakern.ops.hada_linear import reference
+from lorakern.ops.lora_linear import triton_tables as tables
+
+
+def _refuse_triton(x, weight, bias, down1, up1, down2, *_) -> str | None:
+    return tables.refuse(x, down1.shape[0], down2.shape[0])
+
+
+def _refuse_triton_bwd(dy, x, weight, *factors_and_rest) -> str | None:
+    return _refuse_triton(x, weight, None, *factors_and_rest)
+
 
 _fwd = backend.define(
     "hada_linear_fwd",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor down1, Tensor up1, Tensor down2, Tensor up2,"
     " Tensor scale, Tensor? gain) -> Tensor",
     reference.hada_linear_fwd,
+    triton=Kernel("lorakern.ops.hada_linear.triton_kernel:hada_linear_fwd", _refuse_triton),
 )
 _bwd = backend.define(
     "hada_linear_bwd",
@@ -19,6 +31,7 @@ _bwd = backend.define(
     " Tensor scale, Tensor? gain, bool[6] needs)"
     " -> (Tensor dx, Tensor ddown1, Tensor dup1, Tensor ddown2, Tensor dup2, Tensor dgain)",
     reference.hada_linear_bwd,
+    triton=Kernel("lorakern.ops.hada_linear.triton_bwd:hada_linear_bwd", _refuse_triton_bwd),
 )
 
 

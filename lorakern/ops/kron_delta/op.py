@@ -4,16 +4,30 @@ import torch
 from torch import Tensor
 
 from lorakern import backend
+from lorakern.backend import Kernel
 from lorakern.ops import check
 from lorakern.ops.kron_delta import reference
+from lorakern.ops.lora_linear import triton_tables as tables
+
+
+def _refuse_triton(c, *_) -> str | None:
+    return tables.refuse(c)
+
 
 _fwd = backend.define(
-    "kron_delta_fwd", "(Tensor c, Tensor d, Tensor scale) -> Tensor", reference.kron_delta_fwd
+    "kron_delta_fwd",
+    "(Tensor c, Tensor d, Tensor scale) -> Tensor",
+    reference.kron_delta_fwd,
+    triton=Kernel("lorakern.ops.kron_delta.triton_kernel:kron_delta_fwd", _refuse_triton),
 )
 _bwd = backend.define(
     "kron_delta_bwd",
     "(Tensor ddelta, Tensor c, Tensor d, Tensor scale, bool[2] needs) -> (Tensor dc, Tensor dd)",
     reference.kron_delta_bwd,
+    triton=Kernel(
+        "lorakern.ops.kron_delta.triton_kernel:kron_delta_bwd",
+        lambda ddelta, *args: _refuse_triton(*args),
+    ),
 )
 
 

@@ -4,17 +4,31 @@ import torch
 from torch import Tensor
 
 from lorakern import backend
+from lorakern.backend import Kernel
 from lorakern.ops import check
 from lorakern.ops.lora_delta import reference
+from lorakern.ops.lora_linear import triton_tables as tables
+
+
+def _refuse_triton(down, up, *_) -> str | None:
+    return tables.refuse(down, down.shape[0])
+
 
 _fwd = backend.define(
-    "lora_delta_fwd", "(Tensor down, Tensor up, Tensor scale) -> Tensor", reference.lora_delta_fwd
+    "lora_delta_fwd",
+    "(Tensor down, Tensor up, Tensor scale) -> Tensor",
+    reference.lora_delta_fwd,
+    triton=Kernel("lorakern.ops.lora_delta.triton_kernel:lora_delta_fwd", _refuse_triton),
 )
 _bwd = backend.define(
     "lora_delta_bwd",
     "(Tensor ddelta, Tensor down, Tensor up, Tensor scale, bool[2] needs)"
     " -> (Tensor ddown, Tensor dup)",
     reference.lora_delta_bwd,
+    triton=Kernel(
+        "lorakern.ops.lora_delta.triton_kernel:lora_delta_bwd",
+        lambda ddelta, *args: _refuse_triton(*args),
+    ),
 )
 
 

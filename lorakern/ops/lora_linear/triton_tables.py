@@ -49,6 +49,22 @@ SHRINK = {2: Tile(64, 0, 64, 4, 4, 1.0), 4: Tile(32, 0, 32, 4, 2, 1.0)}
 ONE_PASS = {2: Tile(128, 0, 64, 4, 3, 1.0), 4: Tile(64, 0, 32, 4, 2, 1.0)}
 # aᵀ b over rows: n columns of a, k rows a step; m is unused
 ROWS = {2: Tile(0, 64, 32, 4, 4, 1.0), 4: Tile(0, 32, 32, 4, 3, 1.0)}
+# a weight update alone: m rows and n columns, all ranks in one step; k is unused
+DELTA = Tile(64, 64, 0, 4, 1, 1.0)
+# the base product beside tiles of a Hadamard update, with the ranks that the tile has room for
+HADA = {
+    ("datacenter", 2): ((64, Tile(128, 128, 64, 8, 3, 1.0)), (128, Tile(64, 64, 64, 4, 2, 0.5))),
+    ("other", 2): ((32, Tile(128, 64, 32, 4, 3, 1.0)), (128, Tile(64, 64, 32, 4, 1, 0.5))),
+    ("datacenter", 4): ((128, Tile(64, 64, 32, 4, 1, 1.0)),),
+    ("other", 4): ((128, Tile(64, 64, 32, 4, 1, 1.0)),),
+}
+# aᵀ b over rows, taken on to low-rank factors: m columns of a, n of b, k rows a step
+OUTER = {
+    ("datacenter", 2): (Tile(128, 128, 64, 8, 3, 1.0), Tile(64, 64, 64, 4, 3, 0.5)),
+    ("other", 2): (Tile(64, 64, 32, 4, 3, 1.0),),
+    ("datacenter", 4): (Tile(32, 32, 32, 4, 2, 1.0),),
+    ("other", 4): (Tile(32, 32, 32, 4, 2, 1.0),),
+}
 # largest M·O·I at which making h beside the base product beats a launch and a pass over x of its
 # own, by padded rank: the share rank/n of extra products against about 3 µs on an H100
 ONE_KERNEL = {2: {16: 10**10, 32: 2 * 10**9}, 4: {16: 5 * 10**8, 32: 10**8}}
@@ -107,9 +123,18 @@ def padded(rank: int) -> int:
 
 @lru_cache(maxsize=4096)
 def gemm(m: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> Tile:
+    return _fastest(GEMM[hardware(device)[0], dtype.itemsize], m, n, k, dtype, device)
+
+
+@lru_cache(maxsize=4096)
+def hada(m: int, n: int, k: int, rank: int, dtype: torch.dtype, device: torch.device) -> Tile:
+    tiles = HADA[hardware(device)[0], dtype.itemsize]
+    return _fastest([t for most, t in tiles if rank <= most], m, n, k, dtype, device)
+
+
+def _fastest(tiles, m, n, k, dtype, device) -> Tile:
     """The tile whose waves over the GPU take the least modelled time."""
-    family, processors = hardware(device)
-    tiles = GEMM[family, dtype.itemsize]
+    processors = hardware(device)[1]
     if not whole_vectors(dtype, n, k):
         return without_prefetch(tiles[-1])
 
@@ -128,6 +153,11 @@ def whole_vectors(dtype: torch.dtype, *widths: int) -> bool:
 def without_prefetch(tile: Tile) -> Tile:
     """For other rows: what is loaded ahead would sit in registers, and spill."""
     return replace(tile, k=32, stages=1)
+
+
+def khatri_rao(n: int, k: int, rank: int) -> bool:
+    """Whether a Hadamard update costs less as a LoRA of the product of its ranks than as ΔW."""
+    return rank <= MAX_RANK and rank * (n + k) < 0.7 * n * k
 
 
 def one_kernel(m: int, n: int, k: int, rank: int, dtype: torch.dtype) -> bool:
@@ -156,6 +186,26 @@ def rows(m: int, n: int, dtype: torch.dtype, device: torch.device) -> Cut:
     tile = ROWS[dtype.itemsize]
     tile = tile if whole_vectors(dtype, n) else without_prefetch(tile)
     return cut(tile, m, 2 * hardware(device)[1] // cdiv(n, tile.n))
+
+
+@lru_cache(maxsize=4096)
+def outer(m: int, n: int, k: int, rank: int, dtype: torch.dtype, device: torch.device) -> Cut:
+    """Tiles of aᵀ b, [n, k], and slices of its m rows until the GPU is full once."""
+    family, processors = hardware(device)
+    tiles = OUTER[family, dtype.itemsize]
+    # the large tile takes few ranks: all of them are on chip beside it
+    if rank > 64 or cdiv(n, tiles[0].m) * cdiv(k, tiles[0].n) * 2 < processors:
+        tile = tiles[-1]
+    else:
+        tile = tiles[0]
+    tile = tile if whole_vectors(dtype, n, k) else without_prefetch(tile)
+    return cut(tile, m, processors // (cdiv(n, tile.m) * cdiv(k, tile.n)))
+
+
+@lru_cache(maxsize=4096)
+def spread(length: int, step: int, blocks: int, device: torch.device) -> Cut:
+    """Cuts a sum of plain products until the GPU is full eight times, a wave of memory reads."""
+    return cut(Tile(0, 0, step, 4, 1, 1.0), length, 8 * hardware(device)[1] // blocks)
 
 
 def cut(tile: Tile, length: int, wanted: int) -> Cut:
