@@ -12,20 +12,23 @@ from lorakern.ops.lora_linear import triton_tables as tables
 from lorakern.ops.lora_linear.triton_bwd import slices_of, sum_all
 from lorakern.ops.lora_linear.triton_kernel import on
 from lorakern.ops.lora_linear.triton_tables import cdiv
-from lorakern.ops.lora_linear.triton_tile import low_rank_tile
+from lorakern.ops.lora_linear.triton_tile import product_tile
 
 
 @triton.jit(do_not_specialize=["scale"])
 def _hada_delta_kernel(
     delta_ptr, down1_ptr, up1_ptr, down2_ptr, up2_ptr, N, K, R, S, scale,
-    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """delta[N, K] = scale · (up1[N, R] down1[R, K]) ∘ (up2[N, S] down2[S, K])"""
     rows_N = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     cols_K = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    first = low_rank_tile(up1_ptr, down1_ptr, rows_N, cols_K, N, K, R, BLOCK_R, PRECISION)
-    second = low_rank_tile(up2_ptr, down2_ptr, rows_N, cols_K, N, K, S, BLOCK_S, PRECISION)
+    first = product_tile(
+        up1_ptr, down1_ptr, rows_N, cols_K, N, K, R, BLOCK_N, BLOCK_K, BLOCK_R, PRECISION
+    )
+    second = product_tile(
+        up2_ptr, down2_ptr, rows_N, cols_K, N, K, S, BLOCK_N, BLOCK_K, BLOCK_R, PRECISION
+    )
     in_NK = (rows_N < N)[:, None] & (cols_K < K)[None, :]
     tl.store(delta_ptr + rows_N[:, None] * K + cols_K[None, :], scale * first * second, mask=in_NK)
 
@@ -36,20 +39,22 @@ def _to_factors(
     BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """This tile's share of ddown and dup, of the gradient of up down."""
-    rank_R = tl.arange(0, BLOCK_R)
-    in_N, in_K, in_R = rows_N < N, cols_K < K, rank_R < R
-    at_NR = rows_N[:, None] * R + rank_R[None, :]
-    at_RK = rank_R[:, None] * K + cols_K[None, :]
-    in_NR, in_RK = in_N[:, None] & in_R[None, :], in_R[:, None] & in_K[None, :]
+    in_N, in_K = rows_N < N, cols_K < K
     dproduct = dproduct_NK.to(up_ptr.dtype.element_ty)
-    if ddown_ptr is not None:
-        up = tl.load(up_ptr + at_NR, mask=in_NR, other=0.0)
-        part = tl.dot(tl.trans(up), dproduct, input_precision=PRECISION)
-        tl.store(ddown_ptr + tl.cast(tile_N, tl.int64) * R * K + at_RK, part, mask=in_RK)
-    if dup_ptr is not None:
-        down = tl.load(down_ptr + at_RK, mask=in_RK, other=0.0)
-        part = tl.dot(dproduct, tl.trans(down), input_precision=PRECISION)
-        tl.store(dup_ptr + tl.cast(tile_K, tl.int64) * N * R + at_NR, part, mask=in_NR)
+    for r in range(0, R, BLOCK_R):
+        rank_R = r + tl.arange(0, BLOCK_R)
+        at_NR = rows_N[:, None] * R + rank_R[None, :]
+        at_RK = rank_R[:, None] * K + cols_K[None, :]
+        in_NR = in_N[:, None] & (rank_R < R)[None, :]
+        in_RK = (rank_R < R)[:, None] & in_K[None, :]
+        if ddown_ptr is not None:
+            up = tl.load(up_ptr + at_NR, mask=in_NR, other=0.0)
+            part = tl.dot(tl.trans(up), dproduct, input_precision=PRECISION)
+            tl.store(ddown_ptr + tl.cast(tile_N, tl.int64) * R * K + at_RK, part, mask=in_RK)
+        if dup_ptr is not None:
+            down = tl.load(down_ptr + at_RK, mask=in_RK, other=0.0)
+            part = tl.dot(dproduct, tl.trans(down), input_precision=PRECISION)
+            tl.store(dup_ptr + tl.cast(tile_K, tl.int64) * N * R + at_NR, part, mask=in_NR)
 
 
 @triton.jit(do_not_specialize=["M", "steps", "scale"])
@@ -57,7 +62,7 @@ def _hada_grads_kernel(
     ddown1_ptr, dup1_ptr, ddown2_ptr, dup2_ptr, ddelta_ptr, dy_ptr, x_ptr, gain_ptr,
     down1_ptr, up1_ptr, down2_ptr, up2_ptr, M, N, K, R, S, steps, scale,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Shares of one tile of ddelta[N, K] in ddown[slice and row of tiles, R, K] and
     dup[slice and column of tiles, N, R], for both pairs.
@@ -93,16 +98,20 @@ def _hada_grads_kernel(
     tile_N = slice_M * tl.num_programs(0) + tl.program_id(0)
     tile_K = slice_M * tl.num_programs(1) + tl.program_id(1)
     if ddown1_ptr is not None or dup1_ptr is not None:
-        second = low_rank_tile(up2_ptr, down2_ptr, rows_N, cols_K, N, K, S, BLOCK_S, PRECISION)
+        second = product_tile(
+            up2_ptr, down2_ptr, rows_N, cols_K, N, K, S, BLOCK_N, BLOCK_K, BLOCK_R, PRECISION
+        )
         _to_factors(
             ddown1_ptr, dup1_ptr, ddelta * second, down1_ptr, up1_ptr, tile_N, tile_K,
             rows_N, cols_K, N, K, R, BLOCK_R, PRECISION,
         )  # fmt: skip
     if ddown2_ptr is not None or dup2_ptr is not None:
-        first = low_rank_tile(up1_ptr, down1_ptr, rows_N, cols_K, N, K, R, BLOCK_R, PRECISION)
+        first = product_tile(
+            up1_ptr, down1_ptr, rows_N, cols_K, N, K, R, BLOCK_N, BLOCK_K, BLOCK_R, PRECISION
+        )
         _to_factors(
             ddown2_ptr, dup2_ptr, ddelta * first, down2_ptr, up2_ptr, tile_N, tile_K,
-            rows_N, cols_K, N, K, S, BLOCK_S, PRECISION,
+            rows_N, cols_K, N, K, S, BLOCK_R, PRECISION,
         )  # fmt: skip
 
 
@@ -116,8 +125,7 @@ def hada_delta_fwd(down1, up1, down2, up2, scale):
             _hada_delta_kernel[(cdiv(N, tile.m), cdiv(K, tile.n))](
                 delta, down1, up1, down2, up2, N, K, R, S, float(scale),
                 PRECISION=tables.precision(up1.dtype), BLOCK_N=tile.m, BLOCK_K=tile.n,
-                BLOCK_R=tables.padded(R), BLOCK_S=tables.padded(S),
-                num_warps=tile.warps, num_stages=tile.stages,
+                BLOCK_R=tile.k, num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
     return delta
 
@@ -142,7 +150,7 @@ def factor_grads(factors, scale, needs, *, ddelta=None, dy=None, x=None, gain=No
     if not any(needs):
         return grads
     M = 1 if ddelta is not None else x.shape[:-1].numel()
-    plan = tables.outer(M, N, K, max(R, S), dtype, device)
+    plan = tables.outer(M, N, K, dtype, device)
     tile, sums = plan.tile, []
     tiles = cdiv(N, tile.m), cdiv(K, tile.n)
     # a share of ddown in each row of tiles, of dup in each column
@@ -154,8 +162,7 @@ def factor_grads(factors, scale, needs, *, ddelta=None, dy=None, x=None, gain=No
         _hada_grads_kernel[(*tiles, plan.slices)](
             *parts, ddelta, dy, x, gain, *factors, M, N, K, R, S, plan.steps, float(scale),
             PRECISION=tables.precision(dtype), BLOCK_M=tile.k, BLOCK_N=tile.m, BLOCK_K=tile.n,
-            BLOCK_R=tables.padded(R), BLOCK_S=tables.padded(S),
-            num_warps=tile.warps, num_stages=tile.stages,
+            BLOCK_R=tables.DELTA.k, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         sum_all(sums)
     return grads

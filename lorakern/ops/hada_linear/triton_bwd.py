@@ -27,7 +27,7 @@ def hada_linear_bwd(dy, x, weight, down1, up1, down2, up2, scale, gain, needs):
     with on(x.device):
         if need_dgain:
             rank, sums = max(down1.shape[0], down2.shape[0]), []
-            tile = tables.hada(M, N, K, rank, x.dtype, x.device)
+            tile = tables.hada(M, N, K, rank, x.dtype, x.device, False)
             parts = slices_of(sums, dgain, cdiv(M, tile.m))
             add_hada(parts.view(-1, N), x, weight, factors, scale, dy=dy)
             sum_all(sums)

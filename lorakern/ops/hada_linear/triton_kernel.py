@@ -25,7 +25,8 @@ def _add_hada_kernel(
 ):  # fmt: skip
     """y[M, N] = gain_N ∘ ((a[M, K] ∘ gain_K) (w[N, K] + scale · delta[N, K])ᵀ) + bias[N]
 
-    delta = (up1[N, R] down1[R, K]) ∘ (up2[N, S] down2[S, K]). What is None is not there.
+    delta = (up1[N, R] down1[R, K]) ∘ (up2[N, S] down2[S, K]), with R at most BLOCK_R and S at most
+    BLOCK_S. What is None is not there.
     With dy[M, N]: y[row tile, N] = the column sums of dy ∘ the bracket.
     TRANSPOSED: w is [K, N], and delta [K, N] is of up [K, R] and down [R, N].
     """
@@ -49,15 +50,23 @@ def _add_hada_kernel(
         in_K = cols_K < K
         a = tl.load(a_MK, mask=in_M & in_K[None, :], other=0.0)
         w = tl.load(w_KN, mask=in_K[:, None] & in_N, other=0.0)
+        # of BLOCK_N × BLOCK_K either way: the larger dim fills the matrix instruction
         if TRANSPOSED:
-            rows = cols_K.to(tl.int64)
-            first = low_rank_tile(up1_ptr, down1_ptr, rows, cols_N, K, N, R, BLOCK_R, PRECISION)
-            second = low_rank_tile(up2_ptr, down2_ptr, rows, cols_N, K, N, S, BLOCK_S, PRECISION)
-            delta = scale * first * second
+            rows_K = cols_K.to(tl.int64)
+            first = low_rank_tile(
+                up1_ptr, down1_ptr, rows_K, cols_N, K, N, R, 0, None, BLOCK_R, PRECISION, True
+            )
+            second = low_rank_tile(
+                up2_ptr, down2_ptr, rows_K, cols_N, K, N, S, 0, None, BLOCK_S, PRECISION, True
+            )
         else:
-            first = low_rank_tile(up1_ptr, down1_ptr, cols_N, cols_K, N, K, R, BLOCK_R, PRECISION)
-            second = low_rank_tile(up2_ptr, down2_ptr, cols_N, cols_K, N, K, S, BLOCK_S, PRECISION)
-            delta = tl.trans(scale * first * second)
+            first = low_rank_tile(
+                up1_ptr, down1_ptr, cols_N, cols_K, N, K, R, 0, None, BLOCK_R, PRECISION
+            )
+            second = low_rank_tile(
+                up2_ptr, down2_ptr, cols_N, cols_K, N, K, S, 0, None, BLOCK_S, PRECISION
+            )
+        delta = tl.trans(scale * first * second)
         if gain_K_ptr is not None:
             a, rest = gained(a, tl.load(gain_K_ptr + cols_K, mask=in_K, other=0.0))
             if a.dtype != tl.float32:
@@ -96,7 +105,7 @@ def add_hada(
     """Launches _add_hada_kernel; y is [..., N] and a is [..., K]."""
     M, N, K = a.shape[:-1].numel(), y.shape[-1], a.shape[-1]
     R, S = factors[0].shape[0], factors[2].shape[0]
-    tile = tables.hada(M, N, K, max(R, S), a.dtype, a.device)
+    tile = tables.hada(M, N, K, max(R, S), a.dtype, a.device, gain_k is not None)
     _add_hada_kernel[(cdiv(M, tile.m) * cdiv(N, tile.n),)](
         y, a, w, bias, gain_n, gain_k, dy, *factors, M, N, K, R, S, float(scale),
         TRANSPOSED=transposed, PRECISION=tables.precision(a.dtype), GROUP_M=tables.GROUP_M,

@@ -4,14 +4,22 @@ import torch
 from torch import Tensor
 
 from lorakern import backend
+from lorakern.backend import Kernel
 from lorakern.ops import check
 from lorakern.ops.kron_linear import reference
+from lorakern.ops.lora_linear import triton_tables as tables
+
+
+def _refuse_triton(x, *_) -> str | None:
+    return tables.refuse(x)
+
 
 _fwd = backend.define(
     "kron_linear_fwd",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor c_up, Tensor? c_down, Tensor d_up,"
     " Tensor? d_down, Tensor scale, Tensor? gain) -> Tensor",
     reference.kron_linear_fwd,
+    triton=Kernel("lorakern.ops.kron_linear.triton_kernel:kron_linear_fwd", _refuse_triton),
 )
 _bwd = backend.define(
     "kron_linear_bwd",
@@ -19,6 +27,7 @@ _bwd = backend.define(
     " Tensor? d_down, Tensor scale, Tensor? gain, bool[6] needs)"
     " -> (Tensor dx, Tensor dc_up, Tensor dc_down, Tensor dd_up, Tensor dd_down, Tensor dgain)",
     reference.kron_linear_bwd,
+    triton=Kernel("lorakern.ops.kron_linear.triton_bwd:kron_linear_bwd", _refuse_triton),
 )
 
 

@@ -11,7 +11,7 @@ from lorakern.ops.lora_linear import triton_tables as tables
 from lorakern.ops.lora_linear.triton_bwd import row_products, slices_of, sum_all
 from lorakern.ops.lora_linear.triton_kernel import on, shrink
 from lorakern.ops.lora_linear.triton_tables import cdiv
-from lorakern.ops.lora_linear.triton_tile import low_rank_tile
+from lorakern.ops.lora_linear.triton_tile import product_tile
 
 
 @triton.jit(do_not_specialize=["scale"])
@@ -19,10 +19,12 @@ def _lora_delta_kernel(
     delta_ptr, down_ptr, up_ptr, N, K, R, scale,
     PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """delta[N, K] = scale · up[N, R] down[R, K]; R is at most BLOCK_R."""
+    """delta[N, K] = scale · up[N, R] down[R, K]"""
     rows_N = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     cols_K = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    product = low_rank_tile(up_ptr, down_ptr, rows_N, cols_K, N, K, R, BLOCK_R, PRECISION)
+    product = product_tile(
+        up_ptr, down_ptr, rows_N, cols_K, N, K, R, BLOCK_N, BLOCK_K, BLOCK_R, PRECISION
+    )
     in_NK = (rows_N < N)[:, None] & (cols_K < K)[None, :]
     tl.store(delta_ptr + rows_N[:, None] * K + cols_K[None, :], scale * product, mask=in_NK)
 
@@ -37,7 +39,7 @@ def lora_delta_fwd(down, up, scale):
             _lora_delta_kernel[(cdiv(N, tile.m), cdiv(K, tile.n))](
                 delta, down, up, N, K, R, float(scale),
                 PRECISION=tables.precision(up.dtype), BLOCK_N=tile.m, BLOCK_K=tile.n,
-                BLOCK_R=tables.padded(R), num_warps=tile.warps, num_stages=tile.stages,
+                BLOCK_R=tile.k, num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
     return delta
 

@@ -49,18 +49,18 @@ SHRINK = {2: Tile(64, 0, 64, 4, 4, 1.0), 4: Tile(32, 0, 32, 4, 2, 1.0)}
 ONE_PASS = {2: Tile(128, 0, 64, 4, 3, 1.0), 4: Tile(64, 0, 32, 4, 2, 1.0)}
 # aᵀ b over rows: n columns of a, k rows a step; m is unused
 ROWS = {2: Tile(0, 64, 32, 4, 4, 1.0), 4: Tile(0, 32, 32, 4, 3, 1.0)}
-# a weight update alone: m rows and n columns, all ranks in one step; k is unused
-DELTA = Tile(64, 64, 0, 4, 1, 1.0)
+# a weight update alone: m rows and n columns, k ranks a step
+DELTA = Tile(64, 64, 32, 4, 2, 1.0)
 # the base product beside tiles of a Hadamard update, with the ranks that the tile has room for
 HADA = {
-    ("datacenter", 2): ((64, Tile(128, 128, 64, 8, 3, 1.0)), (128, Tile(64, 64, 64, 4, 2, 0.5))),
-    ("other", 2): ((32, Tile(128, 64, 32, 4, 3, 1.0)), (128, Tile(64, 64, 32, 4, 1, 0.5))),
+    ("datacenter", 2): ((64, Tile(128, 128, 32, 8, 3, 1.0)), (128, Tile(64, 64, 32, 4, 2, 0.6))),
+    ("other", 2): ((32, Tile(128, 64, 32, 4, 3, 1.0)), (128, Tile(64, 64, 32, 4, 2, 0.7))),
     ("datacenter", 4): ((128, Tile(64, 64, 32, 4, 1, 1.0)),),
     ("other", 4): ((128, Tile(64, 64, 32, 4, 1, 1.0)),),
 }
 # aᵀ b over rows, taken on to low-rank factors: m columns of a, n of b, k rows a step
 OUTER = {
-    ("datacenter", 2): (Tile(128, 128, 64, 8, 3, 1.0), Tile(64, 64, 64, 4, 3, 0.5)),
+    ("datacenter", 2): (Tile(128, 64, 64, 8, 3, 1.0), Tile(64, 64, 64, 4, 3, 0.6)),
     ("other", 2): (Tile(64, 64, 32, 4, 3, 1.0),),
     ("datacenter", 4): (Tile(32, 32, 32, 4, 2, 1.0),),
     ("other", 4): (Tile(32, 32, 32, 4, 2, 1.0),),
@@ -68,6 +68,19 @@ OUTER = {
 # largest M·O·I at which making h beside the base product beats a launch and a pass over x of its
 # own, by padded rank: the share rank/n of extra products against about 3 µs on an H100
 ONE_KERNEL = {2: {16: 10**10, 32: 2 * 10**9}, 4: {16: 5 * 10**8, 32: 10**8}}
+
+
+@dataclass(frozen=True)
+class KronTile:
+    """One program's share of x (C ⊗ D)ᵀ: m rows, and entries of C [a, b] and of D [p, q]."""
+
+    m: int
+    a: int
+    b: int
+    p: int
+    q: int
+    warps: int
+    stages: int
 
 
 @dataclass(frozen=True)
@@ -127,9 +140,13 @@ def gemm(m: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> Ti
 
 
 @lru_cache(maxsize=4096)
-def hada(m: int, n: int, k: int, rank: int, dtype: torch.dtype, device: torch.device) -> Tile:
+def hada(
+    m: int, n: int, k: int, rank: int, dtype: torch.dtype, device: torch.device, gained: bool
+) -> Tile:
+    """gained: a gain of the depth splits a in two, which leaves room for the last tile alone."""
     tiles = HADA[hardware(device)[0], dtype.itemsize]
-    return _fastest([t for most, t in tiles if rank <= most], m, n, k, dtype, device)
+    tiles = [tile for most, tile in tiles if rank <= most]
+    return _fastest(tiles[-1:] if gained else tiles, m, n, k, dtype, device)
 
 
 def _fastest(tiles, m, n, k, dtype, device) -> Tile:
@@ -189,17 +206,26 @@ def rows(m: int, n: int, dtype: torch.dtype, device: torch.device) -> Cut:
 
 
 @lru_cache(maxsize=4096)
-def outer(m: int, n: int, k: int, rank: int, dtype: torch.dtype, device: torch.device) -> Cut:
+def outer(m: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> Cut:
     """Tiles of aᵀ b, [n, k], and slices of its m rows until the GPU is full once."""
     family, processors = hardware(device)
-    tiles = OUTER[family, dtype.itemsize]
-    # the large tile takes few ranks: all of them are on chip beside it
-    if rank > 64 or cdiv(n, tiles[0].m) * cdiv(k, tiles[0].n) * 2 < processors:
-        tile = tiles[-1]
-    else:
-        tile = tiles[0]
-    tile = tile if whole_vectors(dtype, n, k) else without_prefetch(tile)
+    tile = _fastest(OUTER[family, dtype.itemsize], n, k, n, dtype, device)
     return cut(tile, m, processors // (cdiv(n, tile.m) * cdiv(k, tile.n)))
+
+
+@lru_cache(maxsize=4096)
+def kron(a: int, b: int, p: int, q: int, dtype: torch.dtype) -> KronTile:
+    """What stands between C and D fits in registers: m · max(a, b) · p sums, and as many more."""
+    block_p, block_q = (min(32, padded(size)) for size in (p, q))
+    if min(a, b) < 8:
+        # C by plain products: padded to 16 x 16, a matrix instruction would be mostly padding
+        block_a, block_b = min(16, 1 << (a - 1).bit_length()), 1
+    else:
+        block_a, block_b = min(64, padded(a)), min(32, padded(b))
+    m = 8192 // dtype.itemsize // (max(block_a, block_b) * block_p)
+    if block_b == 1:
+        m = min(64, max(16, m))
+    return KronTile(m, block_a, block_b, block_p, block_q, 4, 2)
 
 
 @lru_cache(maxsize=4096)

@@ -47,13 +47,32 @@ def finish(y_ptr, acc_MN, bias_ptr, gain_ptr, dy_ptr, tile_M, rows_M, cols_N, M,
 
 @triton.jit
 def low_rank_tile(
-    up_ptr, down_ptr, rows_N, cols_K, N, K, R, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr
+    up_ptr, down_ptr, rows_N, cols_K, N, K, R, first, acc_NK,
+    BLOCK_R: tl.constexpr, PRECISION: tl.constexpr, FLIPPED: tl.constexpr = False,
 ):  # fmt: skip
-    """up[N, R] down[R, K] at rows_N and cols_K, in float32; R is at most BLOCK_R."""
-    rank_R = tl.arange(0, BLOCK_R)
+    """acc + up[N, R] down[R, K] at rows_N and cols_K in float32, over BLOCK_R ranks from first.
+
+    FLIPPED: the transpose.
+    """
+    rank_R = first + tl.arange(0, BLOCK_R)
     in_R = rank_R < R
     up_NR = up_ptr + rows_N[:, None] * R + rank_R[None, :]
     down_RK = down_ptr + rank_R[:, None] * K + cols_K[None, :]
     up = tl.load(up_NR, mask=(rows_N < N)[:, None] & in_R[None, :], other=0.0)
     down = tl.load(down_RK, mask=in_R[:, None] & (cols_K < K)[None, :], other=0.0)
-    return tl.dot(up, down, input_precision=PRECISION)
+    left, right = (tl.trans(down), tl.trans(up)) if FLIPPED else (up, down)
+    return tl.dot(left, right, acc_NK, input_precision=PRECISION)
+
+
+@triton.jit
+def product_tile(
+    up_ptr, down_ptr, rows_N, cols_K, N, K, R,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The same over all ranks, BLOCK_R a step."""
+    acc_NK = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for r in range(0, R, BLOCK_R):
+        acc_NK = low_rank_tile(
+            up_ptr, down_ptr, rows_N, cols_K, N, K, R, r, acc_NK, BLOCK_R, PRECISION
+        )
+    return acc_NK
