@@ -157,7 +157,7 @@ def _dd(sums, dd, dy, x, gain, c, scale):
     M, ((A, B), (P, Q)) = x.shape[:-1].numel(), (c.shape, dd.shape)
     tile = tables.kron(A, B, P, Q, x.dtype)
     # A is walked in steps here
-    tile = replace(tile, a=min(32, tile.a))
+    tile = replace(tile, a=min(16, tile.a))
     blocks = cdiv(P, tile.p), cdiv(Q, tile.q)
     plan = tables.spread(cdiv(M, tile.m), 1, blocks[0] * blocks[1], x.device)
     _kron_dd_kernel[(plan.slices, *blocks)](

@@ -133,7 +133,8 @@ def slices_of(sums, out, slices):
 def column_sums(sums, dgain, dy, x, weight, **update):
     """dgain[N] = the column sums of dy ∘ (x weightᵀ + update), as `add` makes the bracket."""
     M, (N, K) = x.shape[:-1].numel(), weight.shape
-    parts = slices_of(sums, dgain, cdiv(M, tables.gemm(M, N, K, x.dtype, x.device).m))
+    tile = tables.gemm(M, N, K, x.dtype, x.device, narrow=True)
+    parts = slices_of(sums, dgain, cdiv(M, tile.m))
     add(parts.view(-1, N), x, weight, dy=dy, **update)
 
 

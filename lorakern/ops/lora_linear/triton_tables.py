@@ -135,8 +135,13 @@ def padded(rank: int) -> int:
 
 
 @lru_cache(maxsize=4096)
-def gemm(m: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> Tile:
-    return _fastest(GEMM[hardware(device)[0], dtype.itemsize], m, n, k, dtype, device)
+def gemm(
+    m: int, n: int, k: int, dtype: torch.dtype, device: torch.device, narrow: bool = False
+) -> Tile:
+    """narrow: the tile shares its registers, so it has at most 128 columns."""
+    tiles = GEMM[hardware(device)[0], dtype.itemsize]
+    tiles = [tile for tile in tiles if not narrow or tile.n <= 128]
+    return _fastest(tiles, m, n, k, dtype, device)
 
 
 @lru_cache(maxsize=4096)
@@ -210,6 +215,8 @@ def outer(m: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> C
     """Tiles of aᵀ b, [n, k], and slices of its m rows until the GPU is full once."""
     family, processors = hardware(device)
     tile = _fastest(OUTER[family, dtype.itemsize], n, k, n, dtype, device)
+    if not whole_vectors(dtype, n, k):
+        tile = replace(tile, m=32, n=32)
     return cut(tile, m, processors // (cdiv(n, tile.m) * cdiv(k, tile.n)))
 
 
