@@ -107,7 +107,7 @@ def test_bypass_drops_the_output_of_the_update(dtype):
 @pytest.mark.parametrize("algo", ["lora", "lokr"])
 def test_module_dropout_goes_without_the_adapter(algo):
     layer = nn.Linear(8, 12)
-    model, adapter = adapted(copy.deepcopy(layer), algo, module_dropout=0.5)
+    model, _ = adapted(copy.deepcopy(layer), algo, module_dropout=0.5)
     x = torch.randn(3, 8)
     plain, whole = layer(x), model.eval()(x)
     model.train()
@@ -196,8 +196,8 @@ def test_the_weight_of_the_norm_is_read_once(monkeypatch):
 
 @pytest.mark.parametrize("algo", ["lora", "loha", "lokr"])
 @pytest.mark.parametrize("layer", [nn.Linear(24, 40), nn.Conv2d(24, 40, 1), conv()], ids=str)
-def test_the_row_norm_is_that_of_the_whole_weight(algo, layer, monkeypatch):
-    model, adapter = adapted(layer.double(), algo, rank=2, dora=True)
+def test_the_row_norm_is_that_of_the_whole_weight(algo, layer):
+    _, adapter = adapted(layer.double(), algo, rank=2, dora=True)
     f = {n: getattr(adapter, n) for n in adapter.factors}
     v = adapter.weight + adapter.delta(f, adapter.scale).view_as(adapter.weight)
     want = adapter.magnitude / v.flatten(1).norm(dim=1)
@@ -303,10 +303,10 @@ def test_norms_are_limited(algo, options):
 
 @pytest.mark.parametrize("algo", ["lora", "loha", "lokr"])
 def test_exported_has_the_scalar_inside(algo):
-    model, adapter = adapted(nn.Linear(8, 12), algo, use_scalar=True, dora=True)
+    _, adapter = adapted(nn.Linear(8, 12), algo, use_scalar=True, dora=True)
     f, rank, alpha = adapter.exported()
     assert "scalar" not in f and (rank, alpha) == (4, 3)
-    plain, other = adapted(copy.deepcopy(adapter.root), algo, dora=True)
+    _, other = adapted(copy.deepcopy(adapter.root), algo, dora=True)
     assert list(f) == list(other.factors)
     with torch.no_grad():
         for name, value in f.items():
@@ -391,8 +391,8 @@ def test_mistakes_are_named(algo, options, message):
 
 def test_an_embedding_takes_a_lora_alone():
     for algo, options in (("dora", {}), ("loha", {}), ("lokr", {}), ("lora", {"dora": True})):
-        with pytest.raises(ValueError, match="not embedding|dora is for linear, conv2d"):
-            attach(nn.Sequential(nn.Embedding(9, 6)), "0", algo, **options)
+        with pytest.raises(ValueError, match=r"not embedding|dora is for linear, conv2d"):
+            attach(nn.Sequential(nn.Embedding(9, 6)), "0", algo, rank=2, **options)
 
 
 def test_different_kinds_share_one_sum():
@@ -407,8 +407,7 @@ def test_different_kinds_share_one_sum():
     x = torch.randn(50, 64, dtype=torch.bfloat16)
     update = sum(a.delta_weight().double() for a in stack)
     exact = F.linear(x.double(), layer.weight.double() + update, layer.bias.double())
-    assert torch.equal(model(x), exact.bfloat16()) or (
-        (model(x).double() - exact).abs().max() <= exact.abs().max() * 2**-8
-    )
-    (model(x).sum()).backward()
+    y = model(x)
+    assert ((y.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-5).all()
+    y.sum().backward()
     assert all(getattr(a, n).grad is not None for a in stack for n in a.factors)
