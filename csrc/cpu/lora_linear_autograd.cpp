@@ -2,8 +2,9 @@
 // node, which costs a small layer a third of what a Python one does.
 //
 // y = gain ∘ (x weightᵀ + scale · (x downᵀ) upᵀ) + bias; x, down, up and gain get gradients. Saved:
-// x, h [M, R].
+// h [M, R], and x unless down is frozen and there is no gain.
 
+#include <ATen/ops/empty.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/library.h>
@@ -23,7 +24,10 @@ struct LoraLinear : torch::autograd::Function<LoraLinear> {
                             const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                             double scale) {
     auto [y, h] = lora_linear_fwd_cpu(x, weight, bias, down, up, scale, gain);
-    ctx->save_for_backward({x, h, weight, down, up, gain.value_or(at::Tensor())});
+    // a frozen down asks x for no more than its shape
+    const bool needed = down.requires_grad() || gain;
+    ctx->save_for_backward({needed ? x : at::Tensor(), h, weight, down, up,
+                            gain.value_or(at::Tensor())});
     ctx->saved_data["scale"] = scale;
     return y;
   }
@@ -34,8 +38,11 @@ struct LoraLinear : torch::autograd::Function<LoraLinear> {
     const std::array<bool, 4> needs = {ctx->needs_input_grad(0), ctx->needs_input_grad(1),
                                        ctx->needs_input_grad(2),
                                        gain && ctx->needs_input_grad(3)};
+    auto sizes = dy[0].sizes().vec();
+    sizes.back() = saved[2].size(1);
+    const at::Tensor x = saved[0].defined() ? saved[0] : at::empty(sizes, dy[0].options());
     auto [dx, ddown, dup, dgain] =
-        lora_linear_bwd_cpu(dy[0].contiguous(), saved[0], saved[1], saved[2], saved[3], saved[4],
+        lora_linear_bwd_cpu(dy[0].contiguous(), x, saved[1], saved[2], saved[3], saved[4],
                             ctx->saved_data["scale"].toDouble(), gain, needs);
     variable_list grads = {dx, ddown, dup, dgain, {}, {}, {}};
     for (size_t i = 0; i < needs.size(); ++i) {

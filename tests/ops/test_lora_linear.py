@@ -232,6 +232,31 @@ def test_saved_for_backward_is_x_and_h(dtype, device):
     assert new == [(4, 9, 5)]
 
 
+def test_a_frozen_down_keeps_no_x(device):
+    args = inputs(((4, 9), 32, 48, 5), torch.float32, device)
+    x, down, up = args[0], args[3], args[4]
+    want = torch.autograd.grad(lora_linear(*args).sum(), [x, up])
+    down.requires_grad_(False)
+    saved = []
+
+    def pack(tensor):
+        saved.append(tensor.data_ptr())
+        return tensor
+
+    for kernel in (None, "reference"):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), backend.use(kernel):
+            y = lora_linear(*args)
+        with backend.use(kernel):
+            got = torch.autograd.grad(y.sum(), [x, up])
+        for mine, theirs in zip(got, want, strict=True):
+            torch.testing.assert_close(mine, theirs)
+    assert saved and x.data_ptr() not in saved
+    compiled = torch.compile(lora_linear, backend="aot_eager", fullgraph=True)
+    got = torch.autograd.grad(compiled(*args).sum(), [x, up])
+    for mine, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
 def test_checkpointed(reentrant, device):
     args = inputs(((4, 9), 32, 48, 5), torch.float32, device)

@@ -39,16 +39,20 @@ class _LoraLinear(torch.autograd.Function):
     def forward(ctx, x, weight, bias, down, up, gain, scale):
         y, h = _fwd(x, weight, bias, down, up, scale, gain)
         # h is [M, R]: keeping it costs R/I of x and saves one pass over x in backward
-        ctx.save_for_backward(x, h, weight, down, up, gain)
+        # a frozen down asks x for no more than its shape
+        needed = down.requires_grad or gain is not None
+        ctx.save_for_backward(x if needed else None, h, weight, down, up, gain)
         ctx.scale = scale
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        *tensors, gain = ctx.saved_tensors
+        x, h, weight, down, up, gain = ctx.saved_tensors
+        if x is None:
+            x = dy.new_empty(*dy.shape[:-1], weight.shape[1])
         needs = [ctx.needs_input_grad[i] for i in (0, 3, 4, 5)]
-        grads = _bwd(dy.contiguous(), *tensors, ctx.scale, gain, needs)
+        grads = _bwd(dy.contiguous(), x, h, weight, down, up, ctx.scale, gain, needs)
         dx, *dfactors = (g if need else None for g, need in zip(grads, needs, strict=True))
         return dx, None, None, *dfactors, None
 
