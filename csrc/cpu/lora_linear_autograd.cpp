@@ -2,9 +2,10 @@
 // node, which costs a small layer a third of what a Python one does.
 //
 // y = gain ∘ (x weightᵀ + scale · (x downᵀ) upᵀ) + bias; x, down, up and gain get gradients. Saved:
-// x, h [M, R]; where a gain trains, y before gain and bias too, or backward would cost half a layer
-// more.
+// h [M, R], and x unless down is frozen. Where a gain trains, y before gain and bias too, or backward
+// would cost half a layer more.
 
+#include <ATen/ops/empty.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/library.h>
@@ -25,7 +26,9 @@ struct LoraLinear : torch::autograd::Function<LoraLinear> {
                             double scale, bool keep) {
     auto [y, h, kept] =
         lora_linear_keeping_cpu(x, weight, bias, down, up, scale, gain, keep);
-    ctx->save_for_backward({x, h, weight, down, up, gain.value_or(at::Tensor()), kept});
+    // a frozen down asks x for no more than its shape
+    ctx->save_for_backward({down.requires_grad() ? x : at::Tensor(), h, weight, down, up,
+                            gain.value_or(at::Tensor()), kept});
     ctx->saved_data["scale"] = scale;
     return y;
   }
@@ -36,9 +39,12 @@ struct LoraLinear : torch::autograd::Function<LoraLinear> {
     const bool need_dgain = gain && ctx->needs_input_grad(3);
     const std::array<bool, 4> needs = {ctx->needs_input_grad(0), ctx->needs_input_grad(1),
                                        ctx->needs_input_grad(2), false};
+    auto sizes = dy[0].sizes().vec();
+    sizes.back() = saved[2].size(1);
+    const at::Tensor x = saved[0].defined() ? saved[0] : at::empty(sizes, dy[0].options());
     const at::Tensor grad = dy[0].contiguous();
     auto [dx, ddown, dup, none] =
-        lora_linear_bwd_cpu(grad, saved[0], saved[1], saved[2], saved[3], saved[4],
+        lora_linear_bwd_cpu(grad, x, saved[1], saved[2], saved[3], saved[4],
                             ctx->saved_data["scale"].toDouble(), gain, needs);
     const at::Tensor dgain = need_dgain ? gain_gradient_cpu(saved[6], grad) : at::Tensor();
     variable_list grads = {dx, ddown, dup, dgain, {}, {}, {}, {}};

@@ -154,23 +154,25 @@ def _adapters_called(
 
 
 def _layer_of(component: str, at: str, adapter: Adapter, dtype, format: str) -> Layer:
-    if adapter.algo != "lora":
-        raise ValueError(f"{at} is {adapter.algo}; {format} files hold lora here")
+    if adapter.algo != "lora" or set(adapter.factors) - {"down", "up", "scalar"}:
+        raise ValueError(
+            f"{at} is {adapter.algo} of {', '.join(adapter.factors)}; {format} files hold"
+            " lora here, of down and up"
+        )
     if adapter.kind == "conv2d" and adapter.root.groups > 1 and format != "kohya":
         raise ValueError(
             f"{at} has {adapter.root.groups} groups, and PEFT's factors for such a convolution have"
             " other shapes; save as kohya"
         )
-    tensors = {}
-    for factor in adapter.factors:
-        tensor = getattr(adapter, factor).detach()
+    tensors, _, alpha = adapter.exported()
+    for factor, tensor in tensors.items():
         tensors[factor] = tensor.to(dtype) if dtype is not None else tensor
         check_values(f"{at}.{factor}", tensors[factor])
     return Layer(
         component,
         names.canonical(component, at),
         tensors,
-        float(adapter.alpha),
+        float(alpha),
         adapter.rslora,
         adapter.kind == "embedding",
     )
