@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 
 from lorakern.formats import config as peft_config
-from lorakern.formats import storage
+from lorakern.formats import kohya, storage
 from lorakern.formats.base import Context, Layer, Stored, collect, define, shorten
 from lorakern.formats.names import COMPONENTS, canonical
 from lorakern.formats.peft import ROOT, as_peft_magnitude, split_peft
@@ -36,7 +36,7 @@ OLD_NAMES = {
 
 def matches(stored: Stored) -> bool:
     return stored.config is None and any(
-        _split(key) and not key.startswith(ROOT) for key in stored.tensors
+        _split(key) and not key.startswith((ROOT, *kohya.PREFIXES)) for key in stored.tensors
     )
 
 
