@@ -1,4 +1,5 @@
 // The gradient of a gain: dgain[o] = sum over rows of dy[m, o] · acc[m, o], where y = gain ∘ acc + b.
+// It is in the dtype of the sums, as the gain is.
 //
 // acc is not kept: the forward product is run once more, and each of its finished sums meets dy
 // while it is in a register tile's reach. Nothing of size M·O is read but dy.
@@ -35,8 +36,7 @@ struct GainGradient : Forward {
 
 template <typename Forward>
 void gain_gradient(const Forward& forward, const typename Forward::scalar_t* dy,
-                   typename Forward::scalar_t* dgain) {
-  using scalar_t = typename Forward::scalar_t;
+                   typename Forward::acc_t* dgain) {
   using acc_t = typename Forward::acc_t;
   const auto& p = forward.p;
   const Rows rows = rows_of(forward);
@@ -47,7 +47,7 @@ void gain_gradient(const Forward& forward, const typename Forward::scalar_t* dy,
   for (int64_t o = 0; o < p.N; ++o) {
     acc_t sum = 0;
     for (int64_t slot = 0; slot < rows.slots; ++slot) sum += op.parts[slot * p.N + o];
-    dgain[o] = static_cast<scalar_t>(sum);
+    dgain[o] = sum;
   }
 }
 

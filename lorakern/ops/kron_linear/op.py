@@ -56,7 +56,7 @@ def kron_linear(
     Kept for backward: x and the factors.
 
     Args:
-        x: [..., I], any floating dtype, the same for every tensor here.
+        x: [..., I], any floating dtype, the same for every tensor but the gain.
         weight: [O, I] with O = A·P and I = B·Q, frozen: it gets no gradient.
         bias: [O] or None, frozen.
         c_up, c_down: [A, B] and None for a whole C, or [A, R] and [R, B]; trained.
@@ -64,6 +64,7 @@ def kron_linear(
         scale: alpha / rank, times the user's multiplier; no unit. Under torch.compile a 0-dim
             CPU tensor, so that a change of its value recompiles nothing.
         gain: [O] or None for 1, trained: DoRA's magnitude over the row norm of W + ΔW; no unit.
+            Beside 16-bit tensors in float32, or one near 1 were lost.
 
     Returns:
         [..., O], contiguous, in x's dtype.
