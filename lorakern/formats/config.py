@@ -120,16 +120,17 @@ def adapted(layers: list[Layer]) -> list[Layer]:
                 f"{layer.path} is {layer.kind}{' in groups' if layer.groups > 1 else ''}; PEFT has"
                 " DoRA on the output of lora without groups only: save as kohya"
             )
-    # PEFT has no core in lora, and one setting for the cores of all convolutions of the others
-    cores = [algorithms.is_tucker(layer.tensors) for layer in layers]
-    if layers[0].algo == "lora" or not all(
-        layer.weight is not None and (core or layer.window == 1)
-        for layer, core in zip(layers, cores, strict=True)
-    ):
-        layers = [
+    if layers[0].algo == "lora" or not all(map(_has_core, layers)):
+        return [
             dataclasses.replace(layer, tensors=algorithms.untuck(layer.tensors)) for layer in layers
         ]
     return layers
+
+
+def _has_core(layer: Layer) -> bool:
+    """Whether PEFT's one setting for all cores may be on: a core, or no place for one."""
+    pointwise = layer.weight is not None and layer.window == 1
+    return pointwise or algorithms.is_tucker(layer.tensors) or "d" in layer.tensors
 
 
 def make(layers: list[Layer], paths: list[str], all_paths: Collection[str], either: bool) -> dict:

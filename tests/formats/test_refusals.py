@@ -92,10 +92,6 @@ def test_a_component_that_was_not_given_is_named(tmp_path):
 
 
 FOREIGN = {
-    "DoRA": {"lora_down.weight": (2, 16), "lora_up.weight": (16, 2), "dora_scale": (16, 1)},
-    "LoHa": {f"hada_{w}": (4, 4) for w in ("w1_a", "w1_b", "w2_a", "w2_b")},
-    "LoKr": {"lokr_w1": (4, 4), "lokr_w2": (4, 4)},
-    "Tucker": {"lora_down.weight": (2, 16, 1, 1), "lora_mid.weight": (2, 2, 3, 3)},
     "OFT": {"oft_blocks": (4, 4, 4)},
     "GLoRA": {"a1.weight": (16, 2), "b1.weight": (16, 2)},
     "IA3": {"weight": (16,), "on_input": ()},
@@ -109,7 +105,7 @@ def test_other_algorithms_are_named(good, algo):
     path, tensors = good
     more = {f"lora_unet_conv_in.{k}": torch.ones(shape) for k, shape in FOREIGN[algo].items()}
     write(path, tensors | more)
-    refuse(path, f"holds .*{algo}.*plain LoRA only, and nothing was loaded")
+    refuse(path, f"holds .*{algo}.*loads lora, loha, lokr only, and nothing was loaded")
     found = lorakern.formats.inspect(path)
     assert algo in found.algo and found.format == "kohya" and found.components == {}
 
@@ -117,8 +113,10 @@ def test_other_algorithms_are_named(good, algo):
 @pytest.mark.parametrize(
     "change, match",
     [
-        ({"peft_type": "LOHA"}, "PEFT type LOHA"),
-        ({"use_dora": True}, "use_dora: DoRA"),
+        ({"peft_type": "VERA"}, "PEFT type VERA; this version loads LORA, LOHA, LOKR"),
+        ({"peft_type": "LOHA", "alpha": 2}, "is of LOHA, and conv holds lora"),
+        ({"use_dora": True}, "use_dora is True, and conv has no magnitude"),
+        ({"use_qalora": True}, "use_qalora: QALoRA, which this version does not load"),
         ({"init_lora_weights": "pissa_niter_4"}, "also changed the base weights"),
         ({"r": "many"}, "r is not a number"),
         ({"r": 3}, "rank 3 for conv in the config, 2 in its tensors"),
@@ -130,7 +128,7 @@ def test_other_algorithms_are_named(good, algo):
         (None, "is not JSON"),
     ],
 )
-def test_peft_configs_that_are_not_plain_lora(tmp_path, change, match):
+def test_peft_configs_that_do_not_fit(tmp_path, change, match):
     net = Net()
     lorakern.inject(net, targets=["conv"], rank=2)
     lorakern.save(net, tmp_path, "peft")
