@@ -69,6 +69,17 @@ def _rank_dims(factor: str) -> tuple[int, ...]:
     return ()
 
 
+def check_cores(tensors: Mapping[str, Tensor], called: Mapping[str, str]) -> None:
+    """Raises ValueError when a core is no kernel, or lora's down beside one has its own."""
+    for core, down in _FOLDED.items():
+        if core not in tensors:
+            continue
+        shapes = [tensors[factor].shape for factor in (core, down)]
+        if len(shapes[0]) != 4 or math.prod(shapes[1][2:]) != 1:
+            got = " and ".join(f"{called[f]} {list(tensors[f].shape)}" for f in (core, down))
+            raise ValueError(f"want a core [R, R, kh, kw] and a down [R, I] beside it, got {got}")
+
+
 def flip(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Factors from a file's layout to the adapter's, or back: beside a core, up is transposed."""
     turned = {up for core, up in _FLIPPED.items() if core in tensors}
@@ -131,20 +142,24 @@ def fit(
     Raises:
         ValueError: one of them has another shape, or C and D do not multiply to the weight's.
     """
+    if math.prod(weight[2:]) == 1:
+        tensors = untuck(tensors)
     want = _shapes(tensors, rank, weight, embedding, called)
     fitted = {}
     for factor, tensor in tensors.items():
-        shape = want[factor]
-        # a 1 x 1 convolution and a linear layer have the same factors, flat or not
-        if tensor.shape[:2] == shape[:2] and tensor.numel() == math.prod(shape):
-            tensor = tensor.reshape(shape)
-        if tensor.shape != shape:
-            raise ValueError(f"{called[factor]} want {list(shape)}, got {list(tensor.shape)}")
-        fitted[factor] = tensor
+        shapes = want[factor] if factor == "magnitude" else [want[factor]]
+        for shape in shapes:
+            # a 1 x 1 convolution and a linear layer have the same factors, flat or not
+            if tensor.shape[:2] == shape[:2] and tensor.numel() == math.prod(shape):
+                fitted[factor] = tensor.reshape(shape)
+                break
+        else:
+            wanted = " or ".join(str(list(shape)) for shape in shapes)
+            raise ValueError(f"{called[factor]} want {wanted}, got {list(tensor.shape)}")
     return fitted
 
 
-def _shapes(tensors, rank: int, weight: torch.Size, embedding: bool, called) -> dict[str, tuple]:
+def _shapes(tensors, rank: int, weight: torch.Size, embedding: bool, called) -> dict:
     rows, width, *kernel = weight
     if embedding:
         return {"down": (rank, rows), "up": (width, rank)}
@@ -154,21 +169,12 @@ def _shapes(tensors, rank: int, weight: torch.Size, embedding: bool, called) -> 
         "down": (rank, width, *(1 if "core" in tensors else k for k in kernel)),
         "up1": (rows, rank), "down1": (rank, width * (1 if "core1" in tensors else window)),
         "core": core, "core1": core, "core2": core, "d_core": core,
+        "magnitude": [(rows, 1, *(1 for _ in kernel)), (1, width, *(1 for _ in kernel))],
     }  # fmt: skip
     shapes["up2"], shapes["down2"] = shapes["up1"], shapes["down1"]
-    shapes["magnitude"] = _magnitude_shape(tensors.get("magnitude"), weight)
     if algo_of(tensors.keys() - {"magnitude"}) == "lokr":
         shapes |= _kron_shapes(tensors, rank, weight, called)
     return shapes
-
-
-def _magnitude_shape(magnitude: Tensor | None, weight: torch.Size) -> tuple[int, ...]:
-    """Of the axis that the file's shape tells: (O, 1, ...), or (1, I, 1, ...)."""
-    ones = (1,) * (len(weight) - 2)
-    rows, width = weight[:2]
-    if magnitude is None or magnitude.shape[0] == magnitude.numel() == rows:
-        return (rows, 1, *ones)
-    return (1, width, *ones)
 
 
 def _kron_shapes(tensors, rank: int, weight: torch.Size, called) -> dict[str, tuple[int, ...]]:

@@ -239,6 +239,7 @@ def _layer(stored: Stored, component, name, slot, scale, peft) -> Layer:
         check_values(f"{stored.path}: {keys[factor]}", tensor)
     algo = algorithms.algo_of(called)
     try:
+        algorithms.check_cores(tensors, called)
         rank = algorithms.rank_of({factor: tensors[factor] for factor in called}, called)
     except ValueError as error:
         raise ValueError(f"{stored.path}: {error}") from error

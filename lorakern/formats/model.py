@@ -58,9 +58,19 @@ def save(
         ValueError: an unknown format or name, no adapter, factors that are not finite (also after
             the cast to dtype), or a layer that the format cannot hold. Nothing is written then.
     """
+    storage.write(_files(model, path, format, name, metadata or {}, dtype))
+    return Path(path)
+
+
+def check(model, path: str | Path, format: str) -> None:
+    """Raises what `save` with these would, and writes nothing: for before a long training."""
+    _files(model, path, format, None, {}, None)
+
+
+def _files(model, path, format: str, name, metadata, dtype) -> dict[Path, bytes]:
     if format not in FORMATS:
         raise ValueError(f"no format {format!r}; there are {', '.join(sorted(FORMATS))}")
-    for key, value in (metadata or {}).items():
+    for key, value in metadata.items():
         if not isinstance(key, str) or not isinstance(value, str):
             raise ValueError(f"metadata is text to text, got {key!r}: {value!r}")
     modules = names.components(model)
@@ -68,9 +78,7 @@ def save(
         _layer_of(component, path_in, adapter, dtype)
         for component, path_in, adapter in _adapters_called(modules, name)
     ]
-    files = FORMATS[format].write(layers, Path(path), context_of(modules, metadata or {}))
-    storage.write(files)
-    return Path(path)
+    return FORMATS[format].write(layers, Path(path), context_of(modules, metadata))
 
 
 def load(
