@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 import lorakern
 from lorakern import cache, checkpoint, data, diffusion, formats, models
+from lorakern.adapters.groups import limit_norms, parameter_groups, tensors
 from lorakern.adapters.targets import PRESETS
 from lorakern.config import Config
 from lorakern.monitor import write_bad
@@ -82,8 +83,11 @@ class Run:
         for module in self.trained.values():
             module.to(device)
         groups = [
-            {"params": [p for p in module.parameters() if p.requires_grad], "lr": lr}
+            group
             for module, lr in zip(self.trained.values(), _rates(config), strict=False)
+            for group in parameter_groups(
+                module, lr, loraplus_ratio=config.optimizer.loraplus_ratio
+            )
         ]
         self.parameters = [p for group in groups for p in group["params"]]
         self.optimizer = _optimizer(config, groups)
@@ -138,6 +142,9 @@ class Run:
         with warnings.catch_warnings():
             if finite:
                 self.optimizer.step()
+                if self.config.optimizer.max_norm is not None:
+                    for module in self.trained.values():
+                        limit_norms(module, self.config.optimizer.max_norm)
             else:
                 warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler.step\(\)`")
             self.schedule.step()
@@ -201,10 +208,9 @@ class Run:
 
     def _factors(self) -> dict[str, Tensor]:
         return {
-            f"{component}.{name}": p.detach()
+            f"{component}.{name}": tensor
             for component, module in self.trained.items()
-            for name, p in module.named_parameters()
-            if p.requires_grad
+            for name, tensor in tensors(module).items()
         }
 
     def _settings(self) -> dict[str, Any]:
@@ -242,13 +248,10 @@ def inject(base: models.Base, config: Config) -> dict[str, nn.Module]:
             with models.quiet_libraries():
                 module.to(torch.bfloat16)
         targets = chosen.targets if component == "unet" or preset else "attn"
-        try:
-            lorakern.inject(
-                module, chosen.algo, rank=chosen.rank, alpha=chosen.alpha, targets=targets,
-                **chosen.options,
-            )  # fmt: skip
-        except TypeError as error:
-            raise ValueError(f"adapter.options: {error}") from error
+        lorakern.inject(
+            module, chosen.algo, rank=chosen.rank, alpha=chosen.alpha, targets=targets,
+            **chosen.options,
+        )  # fmt: skip
         module.train()
         if config.gradient_checkpointing:
             _checkpoint_gradients(module)

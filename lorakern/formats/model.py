@@ -170,14 +170,8 @@ def _adapters_called(
 
 
 def _layer_of(component: str, at: str, adapter: Adapter, dtype) -> Layer:
-    weight, algo = adapter.root.weight, adapter.algo
-    if algo not in algorithms.WHOLE:
-        raise ValueError(f"{at} is {algo}; files hold {', '.join(algorithms.WHOLE)}")
-    tensors = {factor: getattr(adapter, factor).detach() for factor in adapter.factors}
-    # what every reader takes for 1 is in the factor that it multiplies
-    scalar = tensors.pop("scalar", None)
-    if scalar is not None:
-        tensors[adapter.scaled] = tensors[adapter.scaled] * scalar
+    weight = adapter.root.weight
+    tensors, rank, alpha = adapter.exported()
     if "magnitude" in tensors:
         axis = 0 if adapter.dora.on_output else 1
         shape = [-1 if dim == axis else 1 for dim in range(weight.ndim)]
@@ -189,10 +183,15 @@ def _layer_of(component: str, at: str, adapter: Adapter, dtype) -> Layer:
     whole = {"c", "d"} <= tensors.keys() and adapter.style == "lycoris"
     return Layer(
         component, names.canonical(component, at), tensors,
-        rank=adapter.rank, alpha=float(adapter.rank if whole else adapter.alpha),
-        rslora=adapter.rslora and not whole, embedding=adapter.kind == "embedding",
-        algo=algo, weight=weight.shape, groups=getattr(adapter.root, "groups", 1),
+        rank=rank, alpha=float(rank if whole else alpha), rslora=adapter.rslora and not whole,
+        embedding=adapter.kind == "embedding", algo=_algo(adapter), weight=weight.shape,
+        groups=getattr(adapter.root, "groups", 1),
     )  # fmt: skip
+
+
+def _algo(adapter: Adapter) -> str | None:
+    """What files call it: "dora" is "lora" with a magnitude."""
+    return algorithms.algo_of(set(adapter.factors) - {"magnitude", "scalar"})
 
 
 def _only(layers: list[Layer], components: Iterable[str], path: str | Path) -> list[Layer]:
@@ -291,7 +290,7 @@ def _check_same(
         )
     for (_, at), adapter in found.items():
         layer = placed[_, at]
-        if adapter.algo != layer.algo or _shapes(adapter) != _flat_shapes(layer):
+        if _algo(adapter) != layer.algo or _shapes(adapter) != _flat_shapes(layer):
             raise ValueError(
                 f"{at} has {adapter.algo} {name!r} of rank {adapter.rank},"
                 f" {path} {layer.kind} of rank {layer.rank}; give another name"
