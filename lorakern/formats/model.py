@@ -170,7 +170,9 @@ def _adapters_called(
 
 
 def _layer_of(component: str, at: str, adapter: Adapter, dtype) -> Layer:
-    weight = adapter.root.weight
+    algo, weight = _algo(adapter), adapter.root.weight
+    if algo is None:
+        raise ValueError(f"{at} is {adapter.algo}; files hold {', '.join(algorithms.WHOLE)}")
     tensors, rank, alpha = adapter.exported()
     if "magnitude" in tensors:
         axis = 0 if adapter.dora.on_output else 1
@@ -184,13 +186,13 @@ def _layer_of(component: str, at: str, adapter: Adapter, dtype) -> Layer:
     return Layer(
         component, names.canonical(component, at), tensors,
         rank=rank, alpha=float(rank if whole else alpha), rslora=adapter.rslora and not whole,
-        embedding=adapter.kind == "embedding", algo=_algo(adapter), weight=weight.shape,
+        embedding=adapter.kind == "embedding", algo=algo, weight=weight.shape,
         groups=getattr(adapter.root, "groups", 1),
     )  # fmt: skip
 
 
 def _algo(adapter: Adapter) -> str | None:
-    """What files call it: "dora" is "lora" with a magnitude."""
+    """What files call it, None where they have no name: "dora" is "lora" with a magnitude."""
     return algorithms.algo_of(set(adapter.factors) - {"magnitude", "scalar"})
 
 

@@ -347,3 +347,25 @@ def test_convert_tucker_and_names(tmp_path):
     ):
         convert(path, tmp_path / "lokr", "peft")
     assert convert(path, tmp_path / "lokr", "peft", make_unet()).is_dir()
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+@torch.no_grad()
+def test_a_start_from_the_weight_is_in_the_file(tmp_path, init):
+    unet = make_unet()
+    lorakern.inject(unet, rank=2, alpha=3, init=init, targets=["to_q", "conv1"])
+    for stack in find(unet).values():
+        stack[0].up.add_(0.3)
+    for format, path in (("kohya", tmp_path / "a.safetensors"), ("peft", tmp_path / "p")):
+        lorakern.save(unet, path, format)
+        fresh = make_unet()
+        assert {a.rank for a in lorakern.load(fresh, path).values()} == {4}
+        close(unet_answer(fresh), unet_answer(unet))
+
+
+def test_an_adapter_that_no_file_knows_is_named(tmp_path):
+    net = nn.Sequential(nn.Linear(4, 6))
+    made = lorakern.inject(net, rank=2, targets="full")
+    made["0"].factors = ("down", "middle", "up")
+    with pytest.raises(ValueError, match="0 is lora; files hold lora, loha, lokr"):
+        lorakern.save({"unet": net}, tmp_path / "a.safetensors")
