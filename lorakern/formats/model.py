@@ -106,7 +106,7 @@ def load(
     Raises:
         FileNotFoundError: no such path.
         UnmatchedKeys: keys that fit no layer of the model, listed in the message and in `keys`.
-        ValueError: a broken file, an algorithm that is not plain LoRA, shapes that do not fit.
+        ValueError: a broken file, an algorithm that is not read, shapes that do not fit.
             The model is then as it was.
     """
     if not math.isfinite(multiplier):

@@ -147,6 +147,11 @@ def test_stock_diffusers_draws_the_same_image_with_dora(tmp_path):
     assert_same(outputs(stock), want, sdxl=True)
     assert all(a.dora for a in lorakern.load(ours, path).values())
     assert_same(outputs(ours), want, sdxl=True)
+    # and by way of kohya's names
+    there = convert(path, tmp_path / "b.safetensors", "kohya", make_pipeline(sdxl=True))
+    back = convert(there, tmp_path / "c.safetensors", "diffusers", make_pipeline(sdxl=True))
+    first, last = (safetensors.torch.load_file(file) for file in (path, back))
+    assert first.keys() == last.keys() and all(last[key].equal(first[key]) for key in first)
 
 
 @pytest.mark.parametrize("algo", ["loha", "lokr"])
@@ -347,6 +352,20 @@ def test_convert_tucker_and_names(tmp_path):
     ):
         convert(path, tmp_path / "lokr", "peft")
     assert convert(path, tmp_path / "lokr", "peft", make_unet()).is_dir()
+
+
+@pytest.mark.parametrize("algo", ["lora", "loha", "lokr"])
+def test_dtype_of_every_factor(tmp_path, algo):
+    unet = make_unet()
+    made = lorakern.inject(unet, algo, rank=2, alpha=3, dora=True, targets=["conv1"], tucker=True)
+    randomise(unet)
+    path = lorakern.save(unet, tmp_path / "a.safetensors", dtype=torch.bfloat16)
+    assert inspect(path).dtypes.keys() == {"bfloat16", "float32"}
+    for name, adapter in lorakern.load(make_unet(), path).items():
+        assert (adapter.alpha, adapter.rank) == (3, 2) or "c" in adapter.factors
+        for factor in made[name].factors:
+            want = getattr(made[name], factor).bfloat16().float()
+            assert getattr(adapter, factor).equal(want), factor
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
