@@ -25,12 +25,16 @@ struct GainGradient : Forward {
   void store(int64_t slot, int64_t row, int64_t rows, int64_t col, int64_t used, acc_t* sums,
              int64_t ld) {
     acc_t* const part = parts + slot * this->p.N + col;
-    acc_t wide[kPanel<acc_t>], block[kPanel<acc_t>] = {};
-    for (int64_t i = 0; i < rows; ++i) {
-      widen(wide, dy + (row + i) * this->p.N + col, used);
-      for (int64_t j = 0; j < used; ++j) block[j] += wide[j] * sums[i * ld + j];
+    acc_t wide[kPanel<acc_t>];
+    // short runs of a long sum keep it exact
+    for (int64_t from = 0; from < rows; from += kNarrowRun) {
+      acc_t run[kPanel<acc_t>] = {};
+      for (int64_t i = from; i < std::min(rows, from + kNarrowRun); ++i) {
+        widen(wide, dy + (row + i) * this->p.N + col, used);
+        for (int64_t j = 0; j < used; ++j) run[j] += wide[j] * sums[i * ld + j];
+      }
+      for (int64_t j = 0; j < used; ++j) part[j] += run[j];
     }
-    for (int64_t j = 0; j < used; ++j) part[j] += block[j];
   }
 };
 

@@ -64,3 +64,9 @@ def live(scale: float | Tensor) -> float | Tensor:
     if torch.compiler.is_compiling() and not isinstance(scale, Tensor):
         return torch.tensor(scale, dtype=torch.float64)
     return scale
+
+
+def only_cpu(first: Tensor, *_) -> str | None:
+    """Why a C++ kernel for CPUs does not run on these arguments; None when it does."""
+    on = first.device.type
+    return None if on == "cpu" else f"the tensors are on {on}; this kernel is for cpu"

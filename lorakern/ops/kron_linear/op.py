@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from lorakern import backend
+from lorakern.backend import Kernel
 from lorakern.ops import check
 from lorakern.ops.kron_linear import reference
 
@@ -12,6 +13,7 @@ _fwd = backend.define(
     "(Tensor x, Tensor weight, Tensor? bias, Tensor c_up, Tensor? c_down, Tensor d_up,"
     " Tensor? d_down, Tensor scale, Tensor? gain) -> Tensor",
     reference.kron_linear_fwd,
+    cpp=Kernel("native:kron_linear_fwd_cpu", check.only_cpu),
 )
 _bwd = backend.define(
     "kron_linear_bwd",
@@ -19,6 +21,7 @@ _bwd = backend.define(
     " Tensor? d_down, Tensor scale, Tensor? gain, bool[6] needs)"
     " -> (Tensor dx, Tensor dc_up, Tensor dc_down, Tensor dd_up, Tensor dd_down, Tensor dgain)",
     reference.kron_linear_bwd,
+    cpp=Kernel("native:kron_linear_bwd_cpu", check.only_cpu),
 )
 
 
