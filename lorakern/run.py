@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import lorakern
-from lorakern import cache, checkpoint, data, diffusion, models
+from lorakern import cache, checkpoint, data, diffusion, formats, models
 from lorakern.adapters.groups import limit_norms, parameter_groups, tensors
 from lorakern.adapters.targets import PRESETS
 from lorakern.config import Config
-from lorakern.formats import FORMATS
 from lorakern.monitor import write_bad
 
 
@@ -30,8 +29,9 @@ def prepare(config: Config, *, bar: bool) -> "Run":
     for name, path in (("output", config.output), ("cache", config.cache or config.output)):
         if path.resolve().is_relative_to(config.data.resolve()):
             raise ValueError(f"{name} {path} lies in the data folder {config.data}; choose another")
-    if unknown := [form for form in config.formats if form not in FORMATS]:
-        raise ValueError(f"no format {unknown[0]!r}; there are {', '.join(sorted(FORMATS))}")
+    if unknown := [form for form in config.formats if form not in formats.FORMATS]:
+        there = ", ".join(sorted(formats.FORMATS))
+        raise ValueError(f"no format {unknown[0]!r}; there are {there}")
     device = device_of(config.device)
     examples, bad = data.find(config.data, config.caption)
     base = models.load(config.model)
@@ -78,6 +78,8 @@ class Run:
             base.free("vae", *(() if texts is None else base.text_encoders))
         torch.manual_seed(diffusion.seed_of(config.seed, "factors"))
         self.trained = inject(base, config)
+        for form in config.formats:
+            formats.check(self.trained, path_of(config, form), form)
         for module in self.trained.values():
             module.to(device)
         groups = [

@@ -275,6 +275,8 @@ def test_samples_and_log_are_written_and_change_nothing(make):
         ({"adapter": {"targets": "no_such_layer"}}, "no_such_layer"),
         ({"device": "tpu9"}, "device tpu9"),
         ({"formats": ["kohia"]}, "kohia"),
+        # before the first step, not after the last
+        ({"formats": ["kohya", "diffusers"], "adapter": {"algo": "loha"}}, "which diffusers"),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )
