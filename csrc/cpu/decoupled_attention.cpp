@@ -21,13 +21,12 @@ void forward(const Attention<scalar_t>& p, scalar_t* out) {
   using acc_t = at::opmath_type<scalar_t>;
   const Tasks tasks(p.B * p.H, p.Q, p.work());
   at::parallel_for(0, tasks.count, tasks.grain, [&](int64_t begin, int64_t end) {
-    Scratch<acc_t> scratch(p.d * p.Tp + p.T * (p.dp + p.d) + tasks.block * (p.Tp + 2 * p.dp));
+    Scratch<acc_t> scratch(p.d * p.Tp + p.T * (p.dp + p.d) + tasks.block * (p.Tp + p.dp));
     acc_t* const keys = scratch.take(p.d * p.Tp);
     acc_t* const values = scratch.take(p.T * p.dp);
     acc_t* const gathered = scratch.take(p.T * p.d);
     acc_t* const s = scratch.take(tasks.block * p.Tp);
     acc_t* const rows = scratch.take(tasks.block * p.dp);
-    acc_t* const sums = scratch.take(tasks.block * p.dp);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t head = task / tasks.slots, b = head / p.H, h = head % p.H;
       p.template pack_columns<kPairs>(keys, gathered, &Group<scalar_t>::k, b, h);
@@ -37,11 +36,10 @@ void forward(const Attention<scalar_t>& p, scalar_t* out) {
         p.template scores<kPairs>(s, p.q + at, rows, count, keys);
         for (int64_t i = 0; i < count; ++i) {
           for (const auto& g : p.groups)
-            softmax(s + i * p.Tp + g.first, g.T, p.factor, g.weight(b, row + i));
+            g.template softmax<false>(s + i * p.Tp + g.first, nullptr, p.factor,
+                                      g.weight(b, row + i));
         }
-        product<acc_t, false>(sums, p.dp, count, s, p.Tp, values, p.T, p.d);
-        for (int64_t i = 0; i < count; ++i)
-          narrow<scalar_t, acc_t>(out + at + i * p.C, sums + i * p.dp, nullptr, p.d);
+        p.weigh(out + at, s, values, rows, count);
       });
     }
   });
@@ -83,23 +81,18 @@ void backward(const Attention<scalar_t>& p, const scalar_t* dout, scalar_t* dq, 
         for (int64_t i = 0; i < count; ++i) {
           for (const auto& g : p.groups) {
             const int64_t j = i * p.Tp + g.first;
-            softmax(s + j, g.T, p.factor, acc_t(1));
-            softmax_backward(ds + j, s + j, g.T, p.factor, g.weight(b, row + i));
+            g.template softmax<true>(s + j, ds + j, p.factor, g.weight(b, row + i));
           }
         }
-        if (dq) {
-          product<acc_t, false>(dq_rows, p.dp, count, ds, p.Tp, key_rows, p.T, p.d);
-          for (int64_t i = 0; i < count; ++i)
-            narrow<scalar_t, acc_t>(dq + at + i * p.C, dq_rows + i * p.dp, nullptr, p.d);
-        }
+        if (dq) p.weigh(dq + at, ds, key_rows, dq_rows, count);
         if (!p.wanted) return;
-        if (kPairs) p.widen_rows(q_rows, p.q + at, count);
-        if (kPairs) p.widen_rows(dout_rows, dout + at, count);
+        const Rows<acc_t> q_of = p.rows(p.q + at, q_rows, count);
+        const Rows<acc_t> dout_of = p.rows(dout + at, dout_rows, count);
         for (const auto& g : p.groups) {
           if (!g.wanted) continue;
-          const int64_t to = g.sums * p.dp;
-          add_transposed(dk_sums + to, g.T, ds + g.first, p.Tp, q_rows, p.dp, count);
-          add_transposed(dk_sums + share + to, g.T, s + g.first, p.Tp, dout_rows, p.dp, count);
+          acc_t* const to = dk_sums + g.sums * p.dp;
+          add_transposed(to, g.T, p.dp, {ds + g.first, p.Tp}, q_of, count);
+          add_transposed(to + share, g.T, p.dp, {s + g.first, p.Tp}, dout_of, count);
         }
       });
     }

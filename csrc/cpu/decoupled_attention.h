@@ -64,6 +64,10 @@ struct Tasks {
 
 template <typename scalar_t>
 struct Group {
+  using acc_t = at::opmath_type<scalar_t>;
+  using Vec = at::vec::Vectorized<acc_t>;
+  static constexpr int64_t kLanes = Vec::size();
+
   const scalar_t *k, *v, *mask;
   // between the masks of two images: 0 for one mask that serves all
   int64_t mask_step, T;
@@ -73,9 +77,54 @@ struct Group {
   // its first column among all keys, and its first row among the wanted ones
   int64_t first = 0, sums = 0;
 
-  at::opmath_type<scalar_t> weight(int64_t b, int64_t row) const {
-    const at::opmath_type<scalar_t> c = scale;
-    return mask ? c * static_cast<at::opmath_type<scalar_t>>(mask[b * mask_step + row]) : c;
+  acc_t weight(int64_t b, int64_t row) const {
+    const acc_t c = scale;
+    return mask ? c * static_cast<acc_t>(mask[b * mask_step + row]) : c;
+  }
+
+  // visit(i, keep) for each vector of a row: keep(x, y) has the lanes of the group from x, others
+  // from y
+  template <typename Visit>
+  void each_vector(const Visit& visit) const {
+    const int64_t whole = T / kLanes * kLanes;
+    for (int64_t i = 0; i < whole; i += kLanes) visit(i, [](Vec x, Vec) { return x; });
+    if (whole == T) return;
+    const Vec inside = Vec::arange(acc_t(0), acc_t(1)) < Vec(acc_t(T - whole));
+    visit(whole, [inside](Vec x, Vec y) { return Vec::blendv(y, x, inside); });
+  }
+
+  // Scores s[T] become weight * p, p = softmax(factor * s); kBackward: dp[T], the gradient of p
+  // before the weight, becomes that of s.
+  template <bool kBackward>
+  void softmax(acc_t* s, acc_t* dp, acc_t factor, acc_t weight) const {
+    Vec top(-std::numeric_limits<acc_t>::infinity()), sum(acc_t(0)), dot(acc_t(0));
+    each_vector([&](int64_t i, auto keep) {
+      top = at::vec::clamp_min(keep(Vec::loadu(s + i), top), top);
+    });
+    const auto larger = [](const Vec& a, const Vec& b) { return at::vec::clamp_min(a, b); };
+    const Vec largest(at::vec::vec_reduce_all<acc_t>(larger, top)), by_factor(factor);
+    each_vector([&](int64_t i, auto keep) {
+      const Vec x = Vec::loadu(s + i), e = ((x - largest) * by_factor).exp_u20();
+      keep(e, x).store(s + i);
+      sum = sum + keep(e, Vec(acc_t(0)));
+      if constexpr (kBackward) dot = dot + keep(e * Vec::loadu(dp + i), Vec(acc_t(0)));
+    });
+    const auto plus = [](const Vec& a, const Vec& b) { return a + b; };
+    const acc_t share = 1 / at::vec::vec_reduce_all<acc_t>(plus, sum);
+    const Vec by(weight * share);
+    if constexpr (kBackward) {
+      const Vec mean(share * at::vec::vec_reduce_all<acc_t>(plus, dot));
+      each_vector([&](int64_t i, auto keep) {
+        const Vec x = Vec::loadu(s + i), g = Vec::loadu(dp + i), p = x * by;
+        keep(p, x).store(s + i);
+        keep((g - mean) * p * by_factor, g).store(dp + i);
+      });
+    } else {
+      each_vector([&](int64_t i, auto keep) {
+        const Vec x = Vec::loadu(s + i);
+        keep(x * by, x).store(s + i);
+      });
+    }
   }
 };
 
@@ -84,65 +133,32 @@ inline int64_t panel_width(int64_t cols) {
   return cols > kWidth<acc_t> ? kPanel<acc_t> : kWidth<acc_t>;
 }
 
+template <typename acc_t>
+struct Rows {
+  const acc_t* data;
+  int64_t ld;
+};
+
 // c[rows, padded(cols)] = a[rows, k] b, b packed in panels
 template <typename acc_t, bool kPairs>
-void product(acc_t* c, int64_t ldc, int64_t rows, const acc_t* a, int64_t lda, const acc_t* b,
-             int64_t k, int64_t cols) {
+void product(acc_t* c, int64_t ldc, int64_t rows, Rows<acc_t> a, const acc_t* b, int64_t k,
+             int64_t cols) {
   for (int64_t j = 0; j < cols; j += kPanel<acc_t>) {
     const int64_t width = panel_width<acc_t>(cols - j);
     multiply_panel<acc_t, kPairs, false>(c + j, ldc, false, rows, width == kPanel<acc_t>,
-                                         {a, lda, b + j * k, width, k});
+                                         {a.data, a.ld, b + j * k, width, k});
   }
 }
 
-// c[rows, ld] += a[count, rows]ᵀ b[count, ld]
+// c[rows, cols] += a[count, rows]ᵀ b[count, cols], cols in whole vectors
 template <typename acc_t>
-void add_transposed(acc_t* c, int64_t rows, const acc_t* a, int64_t lda, const acc_t* b, int64_t ld,
+void add_transposed(acc_t* c, int64_t rows, int64_t cols, Rows<acc_t> a, Rows<acc_t> b,
                     int64_t count) {
-  for (int64_t j = 0; j < ld; j += kPanel<acc_t>) {
-    multiply_panel<acc_t, false, true>(c + j, ld, true, rows,
-                                       panel_width<acc_t>(ld - j) == kPanel<acc_t>,
-                                       {a, lda, b + j, ld, count});
+  for (int64_t j = 0; j < cols; j += kPanel<acc_t>) {
+    multiply_panel<acc_t, false, true>(c + j, cols, true, rows,
+                                       panel_width<acc_t>(cols - j) == kPanel<acc_t>,
+                                       {a.data, a.ld, b.data + j, b.ld, count});
   }
-}
-
-// s[n] becomes weight · softmax(factor · s)
-template <typename acc_t>
-void softmax(acc_t* s, int64_t n, acc_t factor, acc_t weight) {
-  using Vec = at::vec::Vectorized<acc_t>;
-  constexpr int64_t kLanes = Vec::size();
-  const int64_t whole = n / kLanes * kLanes, rest = n - whole;
-  Vec top(-std::numeric_limits<acc_t>::infinity());
-  for (int64_t i = 0; i < whole; i += kLanes) top = at::vec::clamp_min(Vec::loadu(s + i), top);
-  if (rest) top = Vec::set(top, at::vec::clamp_min(Vec::loadu(s + whole, rest), top), rest);
-  const auto larger = [](const Vec& a, const Vec& b) { return at::vec::clamp_min(a, b); };
-  const Vec shift(-factor * at::vec::vec_reduce_all<acc_t>(larger, top)), scale(factor);
-  Vec sum(acc_t(0));
-  for (int64_t i = 0; i < whole; i += kLanes) {
-    const Vec e = at::vec::fmadd(Vec::loadu(s + i), scale, shift).exp();
-    e.store(s + i);
-    sum = sum + e;
-  }
-  if (rest) {
-    const Vec e = at::vec::fmadd(Vec::loadu(s + whole, rest), scale, shift).exp();
-    e.store(s + whole, rest);
-    sum = Vec::set(sum, sum + e, rest);
-  }
-  const auto plus = [](const Vec& a, const Vec& b) { return a + b; };
-  const Vec share(weight / at::vec::vec_reduce_all<acc_t>(plus, sum));
-  at::vec::map([share](Vec p) { return p * share; }, s, s, n);
-}
-
-// p[n] = softmax(factor · s) and ds[n] = gradient of p become weight · p and the gradient of s
-template <typename acc_t>
-void softmax_backward(acc_t* ds, acc_t* p, int64_t n, acc_t factor, acc_t weight) {
-  using Vec = at::vec::Vectorized<acc_t>;
-  const auto times = [](Vec a, Vec b) { return a * b; };
-  const auto plus = [](Vec a, Vec b) { return a + b; };
-  const Vec mean(at::vec::map2_reduce_all<acc_t>(times, plus, ds, p, n));
-  const Vec scale(factor * weight), share(weight);
-  at::vec::map2([=](Vec g, Vec a) { return (g - mean) * a * scale; }, ds, ds, p, n);
-  at::vec::map([share](Vec a) { return a * share; }, p, p, n);
 }
 
 template <typename scalar_t>
@@ -201,21 +217,35 @@ struct Attention {
     }
   }
 
-  // rows[count, dp] = rows of x, C apart, with zeros beyond d
-  void widen_rows(acc_t* rows, const scalar_t* x, int64_t count) const {
-    pack_rows(rows, dp, x, C, d, count);
+  // Rows of x[count, d], C apart, as they can be multiplied: where they are, or widened in `room`
+  // [count, dp] with zeros beyond d.
+  Rows<acc_t> rows(const scalar_t* x, acc_t* room, int64_t count) const {
+    if constexpr (std::is_same_v<scalar_t, acc_t>) {
+      if (d == dp) return {x, C};
+    }
+    pack_rows(room, dp, x, C, d, count);
+    return {room, dp};
   }
 
-  // s[count, Tp] = x columns, for rows of x that are C apart; rows: room for them, kPairs leaves it
+  // s[count, Tp] = x columns, for rows of x that are C apart
   template <bool kPairs>
-  void scores(acc_t* s, const scalar_t* x, acc_t* rows, int64_t count, const acc_t* columns) const {
+  void scores(acc_t* s, const scalar_t* x, acc_t* room, int64_t count, const acc_t* columns) const {
     if constexpr (kPairs) {
       const auto* pairs = reinterpret_cast<const acc_t*>(x);
-      product<acc_t, true>(s, Tp, count, pairs, C / 2, columns, d / 2, T);
+      product<acc_t, true>(s, Tp, count, {pairs, C / 2}, columns, d / 2, T);
     } else {
-      widen_rows(rows, x, count);
-      product<acc_t, false>(s, Tp, count, rows, dp, columns, d, T);
+      product<acc_t, false>(s, Tp, count, rows(x, room, count), columns, d, T);
     }
+  }
+
+  // out[count, d], C apart, = s[count, Tp] values of all tokens, rounded once
+  void weigh(scalar_t* out, const acc_t* s, const acc_t* tokens, acc_t* room, int64_t count) const {
+    if constexpr (std::is_same_v<scalar_t, acc_t>) {
+      if (d == dp) return product<acc_t, false>(out, C, count, {s, Tp}, tokens, T, d);
+    }
+    product<acc_t, false>(room, dp, count, {s, Tp}, tokens, T, d);
+    for (int64_t i = 0; i < count; ++i)
+      narrow<scalar_t, acc_t>(out + i * C, room + i * dp, nullptr, d);
   }
 };
 
