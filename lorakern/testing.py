@@ -121,9 +121,7 @@ def _to(args: tuple, dtype: torch.dtype) -> tuple:
 
 
 def _leaves(args: tuple) -> tuple:
-    return backend.on_tensors(
-        lambda t: t.detach().clone().requires_grad_(t.requires_grad), args
-    )
+    return backend.on_tensors(lambda t: t.detach().clone().requires_grad_(t.requires_grad), args)
 
 
 def _tensors(args: tuple) -> list[Tensor]:

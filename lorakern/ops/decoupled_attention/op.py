@@ -8,6 +8,7 @@ from torch import Tensor
 from lorakern import backend
 from lorakern.backend import Kernel
 from lorakern.ops.decoupled_attention import reference
+from lorakern.ops.decoupled_attention.arguments import check
 
 
 def _refuse_cpp(q, *_) -> str | None:
@@ -26,9 +27,7 @@ _bwd = backend.define(
     "(Tensor dout, Tensor q, Tensor[] keys, Tensor[] values, Tensor[] scales, Tensor?[] masks,"
     " int heads, bool[] needs) -> (Tensor dq, Tensor dk, Tensor dv)",
     reference.decoupled_attention_bwd,
-    cpp=Kernel(
-        "native:decoupled_attention_bwd_cpu", lambda dout, q, *rest: _refuse_cpp(q, *rest)
-    ),
+    cpp=Kernel("native:decoupled_attention_bwd_cpu", lambda dout, q, *rest: _refuse_cpp(q, *rest)),
 )
 
 
@@ -92,7 +91,7 @@ def decoupled_attention(
     Source: Ye et al. 2023, arXiv:2308.06721, equations 5 and 8.
     """
     masks = [None] * len(scales) if masks is None else [*masks]
-    _check(q, keys, values, scales, masks, heads)
+    check(q, keys, values, scales, masks, heads)
     if torch.compiler.is_compiling():
         number = torch.float64
         scales = [c if isinstance(c, Tensor) else torch.tensor(c, dtype=number) for c in scales]
@@ -100,34 +99,3 @@ def decoupled_attention(
         scales = [float(c) for c in scales]
     tensors = [t.contiguous() for t in (*keys, *values)]
     return _DecoupledAttention.apply(q.contiguous(), heads, scales, masks, *tensors)
-
-
-def _check(q, keys, values, scales, masks, heads) -> None:
-    if q.dim() != 3 or heads < 1 or q.shape[-1] % heads:
-        raise ValueError(f"want q [B, Q, {heads}·d] for heads={heads}, got {list(q.shape)}")
-    images = len(keys) - 1
-    if images < 0 or not len(values) == len(keys) == len(scales) + 1 == len(masks) + 1:
-        raise ValueError(
-            "want as many values as keys, and a scale and a mask for each group after the text;"
-            f" got {len(keys)} keys, {len(values)} values, {len(scales)} scales, {len(masks)} masks"
-        )
-    batch, queries, channels = q.shape
-    for j, (k, v) in enumerate(zip(keys, values, strict=True)):
-        tokens = k.shape[1] if k.dim() == 3 else 0
-        if tokens < 1 or not list(k.shape) == list(v.shape) == [batch, tokens, channels]:
-            raise ValueError(
-                f"group {j}: want key and value [{batch}, T, {channels}] with T at least 1,"
-                f" got {list(k.shape)} and {list(v.shape)}"
-            )
-    for j, mask in enumerate(masks):
-        if mask is not None and list(mask.shape) not in ([batch, queries], [1, queries]):
-            raise ValueError(
-                f"mask {j}: want [{batch}, {queries}] or [1, {queries}], got {list(mask.shape)}"
-            )
-    tensors = [q, *keys, *values, *(m for m in masks if m is not None)]
-    for what in ("dtype", "device"):
-        if len(found := {getattr(t, what) for t in tensors}) > 1:
-            raise ValueError(f"mixed {what}s: {', '.join(sorted(map(str, found)))}")
-    fixed = [*(m for m in masks if m is not None), *(c for c in scales if isinstance(c, Tensor))]
-    if any(t.requires_grad for t in fixed):
-        raise ValueError("scales and masks are fixed here; call requires_grad_(False) on them")
