@@ -52,18 +52,18 @@ def inputs(case: Case, dtype: torch.dtype, device: torch.device) -> tuple:
     x, weight = normal(case.M, case.I, over=1), normal(case.O, case.I, over=case.I)
     bias = normal(case.O, over=1) if case.bias else None
     down, up = normal(case.R, case.I, over=case.I), normal(case.O, case.R, over=case.R)
-    return x, weight, bias, down, up, 0.5
+    return x, weight, bias, down, up, 0.5, None
 
 
 def backward_inputs(args: tuple, h: Tensor, dy: Tensor) -> tuple:
     """Arguments of the op's backward, every gradient wanted."""
-    x, weight, _, down, up, scale = args
-    return dy, x, h, weight, down, up, scale, [True, True, True]
+    x, weight, _, down, up, scale, gain = args
+    return dy, x, h, weight, down, up, scale, gain, [True, True, True, False]
 
 
 def layers(args: tuple) -> dict[str, peers.Layer]:
     """The layer as each library builds it."""
-    _, weight, bias, down, up, scale = args
+    _, weight, bias, down, up, scale, _ = args
 
     def plain() -> nn.Linear:
         out_features, in_features = weight.shape

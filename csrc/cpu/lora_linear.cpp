@@ -2,7 +2,7 @@
 //
 // The plain-torch spec writes the base product, reads it back for the update, and reads dy and x
 // once for each product that needs them. Here a block of rows stays in cache for all of its
-// products (low_rank.h), 16-bit sums stay in float32 until the one rounding, and the gradients of
+// products (block_product.h), 16-bit sums stay in float32 until the one rounding, and the gradients of
 // the factors are summed by thread, then over threads in order.
 
 #include "lora_linear.h"
@@ -14,102 +14,97 @@
 #include <torch/library.h>
 
 #include "../check.h"
-#include "low_rank.h"
+#include "gain.h"
+#include "linear.h"
 
 namespace lorakern {
 namespace {
 
+// y = gain ∘ (a W + scale · t E) + bias and h = t
 template <typename scalar_t, bool kPairs>
-void forward(const LowRank<scalar_t>& p, scalar_t* h, double scale) {
+struct Forward : Block<scalar_t, kPairs> {
   using acc_t = at::opmath_type<scalar_t>;
-  const int64_t Rp = padded<acc_t>(p.R);
-  const Rows rows(p.M, kPairs ? p.K / 2 : p.K, sizeof(acc_t), p.M * p.N * p.K);
-  low_rank_product<scalar_t, kPairs>(p, rows, [&](int64_t, int64_t row, int64_t count, acc_t* t) {
-    for (int64_t i = 0; i < count; ++i)
-      narrow<scalar_t, acc_t>(h + (row + i) * p.R, t + i * Rp, nullptr, p.R);
+  double scale;
+  // may be null
+  scalar_t* h;
+
+  void visit(int64_t, int64_t row, int64_t rows, const acc_t*, acc_t* t) const {
+    const int64_t R = this->p.R, Rp = padded<acc_t>(R);
+    for (int64_t i = 0; h && i < rows; ++i)
+      narrow<scalar_t, acc_t>(h + (row + i) * R, t + i * Rp, nullptr, R);
+    for (int64_t i = 0; i < rows * Rp; ++i) t[i] *= static_cast<acc_t>(scale);
+  }
+};
+
+// dx = a W + scale · t E, t = dy up, and the sums of ddown and dup, where a = gain ∘ dy
+template <typename scalar_t, bool kPairs>
+struct Backward : Block<scalar_t, kPairs> {
+  using acc_t = at::opmath_type<scalar_t>;
+  const scalar_t *x, *h;
+  int64_t O, I, R;
+  double scale;
+  // null where it is not wanted
+  scalar_t *ddown, *dup;
+  Rows rows_of;
+  acc_t* sums = nullptr;
+
+  int64_t ddown_size() const { return ddown ? R * padded<acc_t>(I) : 0; }
+  int64_t dup_size() const { return dup ? R * padded<acc_t>(O) : 0; }
+  int64_t factor_size() const { return rows_of.block * R; }
+  int64_t slot_size() const {
+    return ddown_size() + dup_size() + rows_of.block * kPanel<acc_t> + 2 * factor_size();
+  }
+
+  void visit(int64_t slot, int64_t row, int64_t count, const acc_t* a, acc_t* t) const {
+    const int64_t Rp = padded<acc_t>(this->p.R);
+    const bool add = row > slot * rows_of.per_slot;
+    acc_t* const slot_sums = sums + slot * slot_size();
+    acc_t* const panel = slot_sums + ddown_size() + dup_size();
+    acc_t* const factor = panel + rows_of.block * kPanel<acc_t>;
     for (int64_t i = 0; i < count * Rp; ++i) t[i] *= static_cast<acc_t>(scale);
-  });
-}
+    if (ddown) {
+      const acc_t* dh = t;
+      int64_t ld = Rp;
+      if constexpr (kPairs) {
+        auto* rounded = reinterpret_cast<scalar_t*>(factor + factor_size());
+        for (int64_t i = 0; i < count; ++i)
+          narrow<scalar_t, acc_t>(rounded + i * R, t + i * Rp, nullptr, R);
+        pack_row_pairs(factor, R, rounded, R, R, count);
+        dh = factor;
+        ld = R;
+      }
+      add_outer<kPairs>(slot_sums, add, dh, ld, R, x + row * I, I, count, panel);
+    }
+    if (!dup) return;
+    acc_t* const dup_sums = slot_sums + ddown_size();
+    if constexpr (kPairs) {
+      pack_row_pairs(factor, R, h + row * R, R, R, count);
+      add_outer<true>(dup_sums, add, factor, R, R, this->p.a + row * O, O, count, panel);
+    } else {
+      widen(factor, h + row * R, count * R);
+      add_outer<false>(dup_sums, add, factor, R, R, a, O, count, panel);
+    }
+  }
 
-template <typename scalar_t, bool kPairs>
-void backward(LowRank<scalar_t> p, const scalar_t* x, const scalar_t* h, int64_t O, int64_t I,
-              double scale, scalar_t* ddown, scalar_t* dup) {
-  using acc_t = at::opmath_type<scalar_t>;
-  const int64_t R = p.R;
-  // neither dx nor ddown: no need of dh
-  if (p.N == 0 && !ddown) p.R = 0;
-  const int64_t Rp = padded<acc_t>(p.R);
-  const Rows rows(p.M, kPairs ? p.K / 2 : p.K, sizeof(acc_t), p.M * O * I);
-  const int64_t ddown_size = ddown ? R * padded<acc_t>(I) : 0;
-  const int64_t dup_size = dup ? R * padded<acc_t>(O) : 0;
-  const int64_t factor_size = rows.block * R;
-  const int64_t slot_size = ddown_size + dup_size + rows.block * kPanel<acc_t> + 2 * factor_size;
-  at::Tensor scratch =
-      at::empty({rows.slots * slot_size}, p.options.dtype(c10::CppTypeToScalarType<acc_t>::value));
-  acc_t* const sums = scratch.template mutable_data_ptr<acc_t>();
-
-  low_rank_product<scalar_t, kPairs>(
-      p, rows, [&](int64_t slot, int64_t row, int64_t count, acc_t* t) {
-        const bool add = row > slot * rows.per_slot;
-        acc_t* const slot_sums = sums + slot * slot_size;
-        acc_t* const panel = slot_sums + ddown_size + dup_size;
-        acc_t* const factor = panel + rows.block * kPanel<acc_t>;
-        for (int64_t i = 0; i < count * Rp; ++i) t[i] *= static_cast<acc_t>(scale);
-        if (ddown) {
-          const acc_t* dh = t;
-          int64_t ld = Rp;
-          if constexpr (kPairs) {
-            auto* rounded = reinterpret_cast<scalar_t*>(factor + factor_size);
-            for (int64_t i = 0; i < count; ++i)
-              narrow<scalar_t, acc_t>(rounded + i * R, t + i * Rp, nullptr, R);
-            pack_row_pairs(factor, R, rounded, R, R, count);
-            dh = factor;
-            ld = R;
-          }
-          add_outer<kPairs>(slot_sums, add, dh, ld, R, x + row * I, I, count, panel);
-        }
-        if (dup) {
-          if constexpr (kPairs) {
-            pack_row_pairs(factor, R, h + row * R, R, R, count);
-          } else {
-            widen(factor, h + row * R, count * R);
-          }
-          add_outer<kPairs>(slot_sums + ddown_size, add, factor, R, R, p.a + row * O, O, count,
-                            panel);
-        }
-      });
-
-  const auto total = [&](const acc_t* first) {
-    acc_t sum = 0;
-    for (int64_t slot = 0; slot < rows.slots; ++slot) sum += first[slot * slot_size];
-    return sum;
-  };
-  if (ddown) {
-    for (int64_t r = 0; r < R; ++r)
+  void run() {
+    at::Tensor scratch = at::empty({rows_of.slots * slot_size()},
+                                   this->p.options.dtype(c10::CppTypeToScalarType<acc_t>::value));
+    sums = scratch.template mutable_data_ptr<acc_t>();
+    block_product(*this, rows_of);
+    const auto total = [&](const acc_t* first) {
+      acc_t sum = 0;
+      for (int64_t slot = 0; slot < rows_of.slots; ++slot) sum += first[slot * slot_size()];
+      return sum;
+    };
+    for (int64_t r = 0; ddown && r < R; ++r)
       for (int64_t i = 0; i < I; ++i)
         ddown[r * I + i] = static_cast<scalar_t>(total(sums + r * padded<acc_t>(I) + i));
-  }
-  if (dup) {
-    for (int64_t o = 0; o < O; ++o)
+    for (int64_t o = 0; dup && o < O; ++o)
       for (int64_t r = 0; r < R; ++r)
-        dup[o * R + r] = static_cast<scalar_t>(static_cast<acc_t>(scale) *
-                                               total(sums + ddown_size + r * padded<acc_t>(O) + o));
+        dup[o * R + r] = static_cast<scalar_t>(
+            static_cast<acc_t>(scale) * total(sums + ddown_size() + r * padded<acc_t>(O) + o));
   }
-}
-
-// bfloat16 pairs are multiplied as they are when a row holds a whole number of them
-template <typename scalar_t, typename Run>
-void with_pairs(int64_t k, const Run& run) {
-  if constexpr (kHasPairs && std::is_same_v<scalar_t, at::BFloat16>) {
-    if (k % 2 == 0) return run(std::true_type{});
-  }
-  run(std::false_type{});
-}
-
-template <typename scalar_t>
-const scalar_t* data(const at::Tensor& t) {
-  return t.const_data_ptr<scalar_t>();
-}
+};
 
 // Few rows do not repay packing a large weight: then torch's own products, and the update added in
 // place. Only where a sum is as wide as a result, so that nothing is rounded in between.
@@ -127,7 +122,8 @@ std::tuple<at::Tensor, at::Tensor> lora_linear_fwd_cpu(const at::Tensor& x,
                                                        const at::Tensor& weight,
                                                        const std::optional<at::Tensor>& bias,
                                                        const at::Tensor& down, const at::Tensor& up,
-                                                       double scale) {
+                                                       double scale,
+                                                       const std::optional<at::Tensor>& gain) {
   const int64_t I = x.size(-1), O = weight.size(0), R = down.size(0),
                 M = x.numel() / std::max<int64_t>(I, 1);
   check_shape(weight, "weight", {O, I});
@@ -137,11 +133,7 @@ std::tuple<at::Tensor, at::Tensor> lora_linear_fwd_cpu(const at::Tensor& x,
   const at::Tensor w = weight.contiguous(), d = down.contiguous(), u = up.contiguous();
   for (const auto& [t, name] : {std::pair{&w, "weight"}, {&d, "down"}, {&u, "up"}})
     check_like(*t, name, x);
-  const at::Tensor b = bias ? bias->contiguous() : at::Tensor();
-  if (bias) {
-    check_shape(b, "bias", {O});
-    check_like(b, "bias", x);
-  }
+  const at::Tensor b = row_vector(bias, "bias", O, x), g = row_vector(gain, "gain", O, x);
 
   auto sizes = x.sizes().vec();
   sizes.back() = O;
@@ -149,7 +141,7 @@ std::tuple<at::Tensor, at::Tensor> lora_linear_fwd_cpu(const at::Tensor& x,
   sizes.back() = R;
   at::Tensor h = at::empty(sizes, x.options());
   if (M == 0) return {y, h};
-  if (few_rows(x, M, O * I)) {
+  if (!gain && few_rows(x, M, O * I)) {
     const at::AutoDispatchBelowADInplaceOrView below;
     const at::Tensor x_MI = x.view({M, I});
     at::Tensor y_MO = y.view({M, O}), h_MR = h.view({M, R});
@@ -159,28 +151,19 @@ std::tuple<at::Tensor, at::Tensor> lora_linear_fwd_cpu(const at::Tensor& x,
     return {y, h};
   }
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "lora_linear", [&] {
-    const LowRank<scalar_t> p{M,
-                              I,
-                              O,
-                              R,
-                              data<scalar_t>(x),
-                              data<scalar_t>(w),
-                              data<scalar_t>(d),
-                              data<scalar_t>(u),
-                              bias ? data<scalar_t>(b) : nullptr,
-                              true,
-                              y.mutable_data_ptr<scalar_t>(),
-                              x.options()};
+    const LowRank<scalar_t> p = forward_product<scalar_t>(x, w, b, d, u, y, g);
     with_pairs<scalar_t>(I, [&](auto pairs) {
-      forward<scalar_t, pairs.value>(p, h.mutable_data_ptr<scalar_t>(), scale);
+      Forward<scalar_t, pairs.value> op{{p}, scale, h.mutable_data_ptr<scalar_t>()};
+      block_product(op, rows_of(op));
     });
   });
   return {y, h};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> lora_linear_bwd_cpu(
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_bwd_cpu(
     const at::Tensor& dy, const at::Tensor& x, const at::Tensor& h, const at::Tensor& weight,
-    const at::Tensor& down, const at::Tensor& up, double scale, std::array<bool, 3> needs) {
+    const at::Tensor& down, const at::Tensor& up, double scale,
+    const std::optional<at::Tensor>& gain, std::array<bool, 4> needs) {
   const int64_t I = weight.size(1), O = weight.size(0), R = down.size(0),
                 M = dy.numel() / std::max<int64_t>(O, 1);
   check_shape(down, "down", {R, I});
@@ -194,34 +177,43 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> lora_linear_bwd_cpu(
   TORCH_CHECK_VALUE(x.numel() == M * I && h.numel() == M * R, "want x [..., ", I, "] and h [..., ",
                     R, "] of ", M, " rows as dy, got ", x.sizes(), " and ", h.sizes());
 
-  const auto [need_dx, need_ddown, need_dup] = needs;
-  at::Tensor dx = need_dx ? at::empty(x.sizes(), x.options()) : at::empty({0}, x.options());
-  if (M == 0) {
-    return {dx, at::zeros(need_ddown ? down.sizes() : at::IntArrayRef{0}, x.options()),
-            at::zeros(need_dup ? up.sizes() : at::IntArrayRef{0}, x.options())};
-  }
-  at::Tensor ddown = at::empty(need_ddown ? down.sizes() : at::IntArrayRef{0}, x.options());
-  at::Tensor dup = at::empty(need_dup ? up.sizes() : at::IntArrayRef{0}, x.options());
+  const at::Tensor g = row_vector(gain, "gain", O, x);
+  const auto [need_dx, need_ddown, need_dup, need_dgain] = needs;
+  const auto make = [&](bool need, at::IntArrayRef sizes) {
+    return need && M > 0 ? at::empty(sizes, x.options())
+                         : at::zeros(need ? sizes : at::IntArrayRef{0}, x.options());
+  };
+  at::Tensor dx = make(need_dx, x.sizes()), ddown = make(need_ddown, d.sizes()),
+             dup = make(need_dup, u.sizes()), dgain = make(need_dgain, {O});
+  if (M == 0) return {dx, ddown, dup, dgain};
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "lora_linear", [&] {
-    const LowRank<scalar_t> p{M,
-                              O,
-                              need_dx ? I : 0,
-                              R,
-                              data<scalar_t>(dy),
-                              data<scalar_t>(w),
-                              data<scalar_t>(u),
-                              data<scalar_t>(d),
-                              nullptr,
-                              false,
-                              dx.mutable_data_ptr<scalar_t>(),
-                              x.options()};
-    with_pairs<scalar_t>(O, [&, need_ddown = need_ddown, need_dup = need_dup](auto pairs) {
-      backward<scalar_t, pairs.value>(p, data<scalar_t>(x), data<scalar_t>(h), O, I, scale,
-                                      need_ddown ? ddown.mutable_data_ptr<scalar_t>() : nullptr,
-                                      need_dup ? dup.mutable_data_ptr<scalar_t>() : nullptr);
+    if (needs[3]) {
+      const auto p = forward_product<scalar_t>(x, w, {}, d, u, {}, {});
+      with_pairs<scalar_t>(I, [&](auto pairs) {
+        gain_gradient(Forward<scalar_t, pairs.value>{{p}, scale, nullptr}, data<scalar_t>(dy),
+                      dgain.mutable_data_ptr<scalar_t>());
+      });
+    }
+    if (!needs[0] && !needs[1] && !needs[2]) return;
+    // neither dx nor ddown: no need of dh
+    const bool need_dh = needs[0] || needs[1];
+    const LowRank<scalar_t> p{M, O, needs[0] ? I : 0, need_dh ? R : 0,
+                              data<scalar_t>(dy), data<scalar_t>(w), data<scalar_t>(u),
+                              data<scalar_t>(d), nullptr, false,
+                              needs[0] ? dx.mutable_data_ptr<scalar_t>() : nullptr, x.options(),
+                              gain ? data<scalar_t>(g) : nullptr};
+    // a gain scales dy in float32
+    with_pairs<scalar_t>(gain ? 1 : O, [&](auto pairs) {
+      constexpr bool kPairs = pairs.value;
+      Backward<scalar_t, kPairs> op{
+          {p}, data<scalar_t>(x), data<scalar_t>(h), O, I, R, scale,
+          needs[1] ? ddown.mutable_data_ptr<scalar_t>() : nullptr,
+          needs[2] ? dup.mutable_data_ptr<scalar_t>() : nullptr,
+          Rows(M, kPairs ? O / 2 : O, sizeof(at::opmath_type<scalar_t>), M * O * I)};
+      op.run();
     });
   });
-  return {dx, ddown, dup};
+  return {dx, ddown, dup, dgain};
 }
 
 }  // namespace lorakern

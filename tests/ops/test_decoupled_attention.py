@@ -329,8 +329,8 @@ WRONG = {
         "values": [a["values"][0], torch.zeros(2, 0, 16)]},
     r"mask 0: want \[2, 6\] or \[1, 6\], got \[2, 7\]": lambda a: {
         **a, "masks": [torch.ones(2, 7)]},
-    "mixed dtypes: torch.float16, torch.float32": lambda a: {**a, "q": a["q"].half()},
-    "mixed devices: cpu, meta": lambda a: {**a, "masks": [torch.ones(2, 6, device="meta")]},
+    "mixed dtypes: q torch.float16, group 0's key torch.float32": lambda a: {**a, "q": a["q"].half()},
+    "mixed devices: .* mask 0 meta": lambda a: {**a, "masks": [torch.ones(2, 6, device="meta")]},
     "scales and masks are fixed": lambda a: {
         **a, "masks": [torch.ones(2, 6, requires_grad=True)]},
 }  # fmt: skip

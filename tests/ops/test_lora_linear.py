@@ -30,8 +30,14 @@ SHAPES = [
     ((130,), 72, 80, 17),
     ((9, 4), 40, 24, 1),
 ]
-NEEDS = [(True, True, True), (False, True, True), (True, False, False), (False, False, True),
-         (False, True, False), (True, False, True)]  # fmt: skip
+# of dx, ddown, dup, dgain
+NEEDS = [(True, True, True, True), (False, True, True, False), (True, False, False, False),
+         (False, False, True, True), (False, True, False, False), (True, False, True, False),
+         (False, False, False, True)]  # fmt: skip
+
+
+# where x, down, up and gain are among the arguments
+TRAINED = (0, 3, 4, 6)
 
 
 def name(value):
@@ -42,8 +48,8 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=name)
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=name)
 
 
-def inputs(shape, dtype, device="cpu", bias=True, scale=0.7):
-    """The arguments, with outputs of about 1; x, down and up ask for gradients."""
+def inputs(shape, dtype, device="cpu", bias=True, scale=0.7, gain=False):
+    """The arguments, with outputs of about 1; x, down, up and gain ask for gradients."""
     lead, columns, out, rank = shape
 
     def make(*sizes, std=1.0):
@@ -56,6 +62,7 @@ def inputs(shape, dtype, device="cpu", bias=True, scale=0.7):
         make(rank, columns, std=columns**-0.5).requires_grad_(),
         make(out, rank, std=rank**-0.5).requires_grad_(),
         scale,
+        (1 + make(out, std=0.2)).requires_grad_() if gain else None,
     )
 
 
@@ -63,29 +70,32 @@ def detached(args):
     return tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
 
 
-def backward_inputs(args, needs=(True, True, True)):
-    x, weight, _, down, up, scale = detached(args)
-    y, h = reference.lora_linear_fwd(x, weight, None, down, up, scale)
-    return torch.randn_like(y), x, h, weight, down, up, scale, list(needs)
+def backward_inputs(args, needs=(True, True, True, True)):
+    x, weight, _, down, up, scale, gain = detached(args)
+    y, h = reference.lora_linear_fwd(x, weight, None, down, up, scale, gain)
+    return torch.randn_like(y), x, h, weight, down, up, scale, gain, list(needs)
 
 
 @dtypes
 @shapes
 def test_every_kernel_matches(shape, dtype, device):
-    for bias in (True, False):
-        check_every_kernel("lora_linear_fwd", detached(inputs(shape, dtype, device, bias)))
+    for bias, gain in ((True, False), (False, False), (True, True)):
+        args = inputs(shape, dtype, device, bias, gain=gain)
+        check_every_kernel("lora_linear_fwd", detached(args))
 
 
 @dtypes
 @shapes
 def test_every_backward_kernel_matches(shape, dtype, device):
-    check_every_kernel("lora_linear_bwd", backward_inputs(inputs(shape, dtype, device)))
+    for gain in (False, True):
+        args = inputs(shape, dtype, device, gain=gain)
+        check_every_kernel("lora_linear_bwd", backward_inputs(args))
 
 
 @dtypes
 @pytest.mark.parametrize("needs", NEEDS[1:], ids=name)
 def test_every_backward_kernel_computes_what_is_wanted(needs, dtype, device):
-    args = inputs(((21,), 24, 16, 3), dtype, device)
+    args = inputs(((21,), 24, 16, 3), dtype, device, gain=True)
     check_every_kernel("lora_linear_bwd", backward_inputs(args, needs))
 
 
@@ -98,8 +108,8 @@ def test_no_rows(dtype, device):
 
 @shapes
 def test_backward_is_the_derivative(shape):
-    for bias in (True, False):
-        args = inputs(shape, torch.float64, bias=bias)
+    for bias, gain in ((True, False), (False, False), (True, True)):
+        args = inputs(shape, torch.float64, bias=bias, gain=gain)
         check_backward_formula(lora_linear, reference.lora_linear_fwd, args)
 
 
@@ -118,16 +128,17 @@ def test_triton_is_for_cuda_outside_the_interpreter(monkeypatch):
 
 @pytest.mark.parametrize("layout", ["contiguous", "permuted"])
 def test_opcheck(layout, device):
-    x, weight, bias, down, up, _ = detached(inputs(((4, 6), 16, 24, 3), torch.float32, device))
+    args = inputs(((4, 6), 16, 24, 3), torch.float32, device, gain=True)
+    x, weight, bias, down, up, _, gain = detached(args)
     scale = torch.tensor(0.7, dtype=torch.float64)
     if layout == "permuted":
         x, down = x.transpose(0, 1), down.t().contiguous().t()
-    y, h = reference.lora_linear_fwd(x, weight, bias, down, up, scale)
+    y, h = reference.lora_linear_fwd(x, weight, bias, down, up, scale, gain)
     dy = torch.randn_like(y)
-    torch.library.opcheck(op._fwd.torch_op, (x, weight, bias, down, up, scale))
-    torch.library.opcheck(op._fwd.torch_op, (x, weight, None, down, up, scale))
-    for needs in ([True, True, True], [False, True, False]):
-        torch.library.opcheck(op._bwd.torch_op, (dy, x, h, weight, down, up, scale, needs))
+    torch.library.opcheck(op._fwd.torch_op, (x, weight, bias, down, up, scale, gain))
+    torch.library.opcheck(op._fwd.torch_op, (x, weight, None, down, up, scale, None))
+    for g, needs in ((gain, [True, True, True, True]), (None, [False, True, False, False])):
+        torch.library.opcheck(op._bwd.torch_op, (dy, x, h, weight, down, up, scale, g, needs))
 
 
 def count_ops(graph_module, found):
@@ -154,7 +165,7 @@ def test_compiled_is_one_op_a_direction_and_a_new_scale_recompiles_nothing(devic
 
 def test_inductor(device):
     args = inputs(((2, 5), 12, 20, 3), torch.float32, device)
-    scale = torch.tensor(args[-1], dtype=torch.float64)
+    scale = torch.tensor(args[5], dtype=torch.float64)
 
     def activated(*a):
         return F.gelu(lora_linear(*a)).square().sum()
@@ -170,13 +181,13 @@ def test_inductor(device):
 
 @pytest.mark.parametrize("needs", NEEDS, ids=name)
 def test_only_the_wanted_gradients_come(needs, device):
-    whole = inputs(((6,), 10, 14, 2), torch.float32, device)
-    want = torch.autograd.grad(lora_linear(*whole).sum(), [whole[0], whole[3], whole[4]])
+    whole = inputs(((6,), 10, 14, 2), torch.float32, device, gain=True)
+    want = torch.autograd.grad(lora_linear(*whole).sum(), [whole[at] for at in TRAINED])
     args = list(detached(whole))
-    for at, need in zip((0, 3, 4), needs, strict=True):
+    for at, need in zip(TRAINED, needs, strict=True):
         args[at].requires_grad_(need)
     lora_linear(*args).sum().backward()
-    for at, need, grad in zip((0, 3, 4), needs, want, strict=True):
+    for at, need, grad in zip(TRAINED, needs, want, strict=True):
         assert (args[at].grad is not None) == need
         if need:
             assert torch.equal(args[at].grad, grad)
@@ -194,8 +205,8 @@ def test_only_the_wanted_gradients_are_asked_for(device, monkeypatch):
     # the Python node, also where a native one would be picked
     monkeypatch.setattr(op, "_whole", {torch.float32: False})
     for needs in NEEDS:
-        args = list(detached(inputs(((6,), 10, 14, 2), torch.float32, device)))
-        for at, need in zip((0, 3, 4), needs, strict=True):
+        args = list(detached(inputs(((6,), 10, 14, 2), torch.float32, device, gain=True)))
+        for at, need in zip(TRAINED, needs, strict=True):
             args[at].requires_grad_(need)
         # forced, because cpp has an autograd of its own
         with backend.use("reference"):
@@ -260,9 +271,10 @@ def test_a_cuda_graph_replays_to_the_same_bits(device):
 
 
 WRONG = {
-    "x has 11 features, weight takes 10": lambda a: [torch.zeros(3, 11), *a[1:]],
-    r"got \(2, 9\) and \(14, 2\)": lambda a: [*a[:3], torch.zeros(2, 9), *a[4:]],
-    r"got \(2, 10\) and \(14, 3\)": lambda a: [*a[:4], torch.zeros(14, 3), a[5]],
+    r"want x \[..., 10\] as weight takes, got \[3, 11\]": lambda a: [torch.zeros(3, 11), *a[1:]],
+    r"want down \[2, 10\], got \[2, 9\]": lambda a: [*a[:3], torch.zeros(2, 9), *a[4:]],
+    r"want up \[14, 2\], got \[14, 3\]": lambda a: [*a[:4], torch.zeros(14, 3), a[5]],
+    r"want gain \[14\]": lambda a: [*a[:6], torch.zeros(1, 14)],
     "mixed dtypes": lambda a: [a[0].half(), *a[1:]],
     "mixed devices": lambda a: [a[0], a[1].to("meta"), *a[2:]],
     r"want bias \[14\]": lambda a: [*a[:2], torch.zeros(13), *a[3:]],
@@ -280,12 +292,12 @@ def test_a_wrong_input_is_named(message):
 def small_update(dtype, device, ratio, columns=320, out=640):
     """Arguments with |scale·up down| = ratio·|weight|, and the exact outputs of both parts."""
     shape = ((4096,), columns, out, 16)
-    x, weight, _, down, up, scale = detached(inputs(shape, dtype, device, bias=False))
+    x, weight, _, down, up, scale, _ = detached(inputs(shape, dtype, device, bias=False))
     delta = scale * up.double() @ down.double()
     up = (up.double() * (ratio * weight.double().norm() / delta.norm())).to(dtype)
     delta = scale * up.double() @ down.double()
     x64 = x.double()
-    return (x, weight, None, down, up, scale), x64 @ delta.T, x64 @ weight.double().T
+    return (x, weight, None, down, up, scale, None), x64 @ delta.T, x64 @ weight.double().T
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=name)
@@ -303,7 +315,7 @@ def test_no_kernel_loses_a_small_update(ratio, dtype, device):
 
 def peft_layer(args, autocast):
     peft = pytest.importorskip("peft")
-    _, weight, _, down, up, scale = args
+    _, weight, _, down, up, scale, _ = args
     rank = down.shape[0]
     model = nn.Sequential(OrderedDict(layer=linear(weight)))
     config = peft.LoraConfig(r=rank, lora_alpha=scale * rank, target_modules=["layer"])
@@ -317,7 +329,7 @@ def peft_layer(args, autocast):
 
 def lycoris_layer(args, bypass):
     locon = pytest.importorskip("lycoris.modules.locon")
-    x, weight, _, down, up, scale = args
+    x, weight, _, down, up, scale, _ = args
     rank, layer = down.shape[0], linear(weight)
     adapter = locon.LoConModule(
         "layer", layer, lora_dim=rank, alpha=scale * rank, bypass_mode=bypass
@@ -364,7 +376,7 @@ def test_lycoris_merging_loses_more(device):
 
 def check_against(layer, factors, args):
     """Same output and gradients as a peer's layer in float32, within 1e-5 of the largest."""
-    x, _, _, down, up, _ = args
+    x, _, _, down, up, *_ = args
     mine = lora_linear(*args)
     theirs = layer(x)
     dy = torch.randn_like(mine)
@@ -384,7 +396,7 @@ def test_peft_is_an_oracle(device):
 def test_loralib_is_an_oracle(device):
     loralib = pytest.importorskip("loralib")
     args = inputs(((3, 50), 64, 48, 8), torch.float32, device, scale=0.5)
-    _, weight, bias, down, up, scale = detached(args)
+    _, weight, bias, down, up, scale, _ = detached(args)
     layer = loralib.Linear(64, 48, r=8, lora_alpha=scale * 8, merge_weights=False).to(device)
     with torch.no_grad():
         for parameter, value in zip(

@@ -41,18 +41,20 @@ SHAPES = [(333, 70, 50, 5), (57, 2100, 33, 17), (15, 33, 2070, 129), (1, 8, 8, 1
 def test_right_on_any_number_of_threads(shape, dtype, count, threads):
     threads(count)
     dy, x, weight, bias, down, up = make(*shape, dtype)
-    check_every_kernel("lora_linear_fwd", (x, weight, bias, down, up, 0.7))
-    h = reference.lora_linear_fwd(x, weight, bias, down, up, 0.7)[1]
-    check_every_kernel("lora_linear_bwd", (dy, x, h, weight, down, up, 0.7, [True] * 3))
+    check_every_kernel("lora_linear_fwd", (x, weight, bias, down, up, 0.7, None))
+    h = reference.lora_linear_fwd(x, weight, bias, down, up, 0.7, None)[1]
+    for gain in (None, 1 + bias / 5):
+        args = (dy, x, h, weight, down, up, 0.7, gain, [True] * 4)
+        check_every_kernel("lora_linear_bwd", args)
 
 
-@pytest.mark.parametrize("needs", list(itertools.product([True, False], repeat=3)))
+@pytest.mark.parametrize("needs", list(itertools.product([True, False], repeat=4)))
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 def test_any_choice_of_gradients(needs, dtype):
-    dy, x, weight, _, down, up = make(40, 21, 36, 6, dtype)
-    args = (dy, x, x @ down.mT, weight, down, up, 0.5)
+    dy, x, weight, bias, down, up = make(40, 21, 36, 6, dtype)
+    args = (dy, x, x @ down.mT, weight, down, up, 0.5, bias)
     alone = native.lora_linear_bwd_cpu(*args, list(needs))
-    together = native.lora_linear_bwd_cpu(*args, [True] * 3)
+    together = native.lora_linear_bwd_cpu(*args, [True] * 4)
     for need, one, all_ in zip(needs, alone, together, strict=True):
         assert torch.equal(one, all_ if need else torch.empty(0, dtype=dtype))
 
@@ -60,7 +62,7 @@ def test_any_choice_of_gradients(needs, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 def test_a_row_does_not_depend_on_its_batch(dtype):
     _, x, weight, bias, down, up = make(3000, 48, 40, 8, dtype)
-    args = (weight, bias, down, up, 0.5)
+    args = (weight, bias, down, up, 0.5, None)
     parts = [native.lora_linear_fwd_cpu(part, *args)[0] for part in x.split(77)]
     assert torch.equal(torch.cat(parts), native.lora_linear_fwd_cpu(x, *args)[0])
 
@@ -69,8 +71,8 @@ def test_no_temporary_the_size_of_an_activation():
     dy, x, weight, bias, down, up = make(8192, 64, 64, 4)
     activation = x.numel() * x.element_size()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        _, h = native.lora_linear_fwd_cpu(x, weight, bias, down, up, 1.0)
-        native.lora_linear_bwd_cpu(dy, x, h, weight, down, up, 1.0, [True] * 3)
+        _, h = native.lora_linear_fwd_cpu(x, weight, bias, down, up, 1.0, None)
+        native.lora_linear_bwd_cpu(dy, x, h, weight, down, up, 1.0, None, [True] * 4)
     sizes = [e.self_cpu_memory_usage for e in seen.events() if e.name == "aten::empty"]
     large = sorted(s for s in sizes if s >= activation / 2)
     assert large == [activation, activation], "only y and dx may be as large as an activation"

@@ -128,8 +128,8 @@ def compiled(capability, dtype, rows, columns, out, rank, directions):
     x, weight, bias, h = make(rows, columns), make(out, columns), make(out), make(rows, rank)
     down, up, dy = make(rank, columns), make(out, rank), make(rows, out)
     launchers = {
-        "fwd": (triton_kernel.lora_linear_fwd, x, weight, bias, down, up, 1.0),
-        "bwd": (triton_bwd.lora_linear_bwd, dy, x, h, weight, down, up, 1.0, [True] * 3),
+        "fwd": (triton_kernel.lora_linear_fwd, x, weight, bias, down, up, 1.0, None),
+        "bwd": (triton_bwd.lora_linear_bwd, dy, x, h, weight, down, up, 1.0, None, [True] * 4),
     }
     return [
         triton_aot.compile_for(capability, *launch)

@@ -2,6 +2,8 @@
 
 from torch import Tensor
 
+from lorakern.ops.check import alike
+
 
 def check(q, keys, values, scales, masks, heads) -> None:
     """Raises ValueError, which says what was wanted and what came."""
@@ -26,10 +28,13 @@ def check(q, keys, values, scales, masks, heads) -> None:
             raise ValueError(
                 f"mask {j}: want [{batch}, {queries}] or [1, {queries}], got {list(mask.shape)}"
             )
-    tensors = [q, *keys, *values, *(m for m in masks if m is not None)]
-    for what in ("dtype", "device"):
-        if len(found := {getattr(t, what) for t in tensors}) > 1:
-            raise ValueError(f"mixed {what}s: {', '.join(sorted(map(str, found)))}")
+    groups = {f"group {j}'s": pair for j, pair in enumerate(zip(keys, values, strict=True))}
+    alike(
+        q=q,
+        **{f"{j} key": k for j, (k, _) in groups.items()},
+        **{f"{j} value": v for j, (_, v) in groups.items()},
+        **{f"mask {j}": m for j, m in enumerate(masks)},
+    )
     fixed = [*(m for m in masks if m is not None), *(c for c in scales if isinstance(c, Tensor))]
     if any(t.requires_grad for t in fixed):
         raise ValueError("scales and masks are fixed here; call requires_grad_(False) on them")

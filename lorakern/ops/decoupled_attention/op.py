@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lorakern import backend
 from lorakern.backend import Kernel
+from lorakern.ops.check import live
 from lorakern.ops.decoupled_attention import reference
 from lorakern.ops.decoupled_attention.arguments import check
 
@@ -93,8 +94,7 @@ def decoupled_attention(
     masks = [None] * len(scales) if masks is None else [*masks]
     check(q, keys, values, scales, masks, heads)
     if torch.compiler.is_compiling():
-        number = torch.float64
-        scales = [c if isinstance(c, Tensor) else torch.tensor(c, dtype=number) for c in scales]
+        scales = [live(c) for c in scales]
     else:
         scales = [float(c) for c in scales]
     tensors = [t.contiguous() for t in (*keys, *values)]

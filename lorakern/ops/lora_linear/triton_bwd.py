@@ -76,16 +76,16 @@ def _sum_slices_kernel(
         _sum_slices(out2_ptr, parts2_ptr, size2, slices2, block - blocks, BLOCK, BLOCK_S)
 
 
-def lora_linear_bwd(dy, x, h, weight, down, up, scale, needs):
+def lora_linear_bwd(dy, x, h, weight, down, up, scale, gain, needs):
     dy, x, h, weight, down, up = (t.contiguous() for t in (dy, x, h, weight, down, up))
-    need_dx, need_ddown, need_dup = needs
+    need_dx, need_ddown, need_dup, _ = needs
     M, (N, R) = x.shape[:-1].numel(), up.shape
     dx, ddown, dup = (
         like.new_empty(like.shape if need else 0)
-        for like, need in zip((x, down, up), needs, strict=True)
+        for like, need in zip((x, down, up), needs[:3], strict=True)
     )
     if M == 0:
-        return dx, ddown.zero_(), dup.zero_()
+        return dx, ddown.zero_(), dup.zero_(), x.new_empty(0)
     sums = []
     with on(x.device):
         need_dh = need_dx or need_ddown
@@ -110,7 +110,7 @@ def lora_linear_bwd(dy, x, h, weight, down, up, scale, needs):
         if need_ddown:
             _row_products(sums, ddown, x, dh, scale, transposed=True)
         _sum(sums)
-    return dx, ddown, dup
+    return dx, ddown, dup, x.new_empty(0)
 
 
 def _slices(sums, out, slices):

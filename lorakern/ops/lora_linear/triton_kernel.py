@@ -139,7 +139,7 @@ def _shrink_kernel(
     tl.store(part_MR, acc_MR, mask=in_M & in_R)
 
 
-def lora_linear_fwd(x, weight, bias, down, up, scale):
+def lora_linear_fwd(x, weight, bias, down, up, scale, gain):
     x, weight, down, up = (t.contiguous() for t in (x, weight, down, up))
     M, (N, K), R = x.shape[:-1].numel(), weight.shape, down.shape[0]
     y, h = x.new_empty((*x.shape[:-1], N)), x.new_empty((*x.shape[:-1], R))

@@ -63,7 +63,9 @@ class Cut:
     steps: int
 
 
-def refuse_fwd(x, weight, bias, down, up, scale) -> str | None:
+def refuse_fwd(x, weight, bias, down, up, scale, gain) -> str | None:
+    if gain is not None:
+        return "a gain: the kernel has none"
     if x.dtype == torch.float64:
         return "float64: the kernel sums in float32"
     if down.shape[0] > MAX_RANK:
@@ -76,8 +78,10 @@ def refuse_fwd(x, weight, bias, down, up, scale) -> str | None:
     return f"sm_{major}{minor}: the kernel needs sm_80" if major < 8 else None
 
 
-def refuse_bwd(dy, x, h, weight, down, up, scale, needs) -> str | None:
-    return refuse_fwd(x, weight, None, down, up, scale)
+def refuse_bwd(dy, x, h, weight, down, up, scale, gain, needs) -> str | None:
+    if needs[3]:
+        return "a gradient of a gain: the kernel has none"
+    return refuse_fwd(x, weight, None, down, up, scale, gain)
 
 
 @cache

@@ -1,10 +1,12 @@
-// out[M, N] = a[M, K] W + t[M, R] E (+ bias), with t = scale · a S: a product and its low-rank
-// update.
+// out[M, N] = a[M, K] W + t[M, R] E (+ bias), with t = a S: a product and its update.
 //
 // Forward of lora_linear is a = x, W = weightᵀ, S = downᵀ, E = upᵀ; the gradient of x is a = dy,
 // W = weight, S = up, E = down. Rows go in blocks that stay in cache: t, both products and the sum
 // of a block happen there, in one accumulator, and out is written once. Nothing of size M·N or M·K
 // is made. W is packed once a call, in groups of columns of at most kGroupBytes.
+//
+// An op says what is its own in a class derived from Block: how W is packed (hada adds ΔW), what a
+// sum starts from (kron), what is done with t and with a finished sum (gain, gradients of factors).
 
 #pragma once
 
@@ -31,6 +33,8 @@ struct LowRank {
   bool transposed;
   scalar_t* out;
   at::TensorOptions options;
+  // [N] in the sum's epilogue when transposed, else [K] on a; may be null
+  const scalar_t* gain = nullptr;
 };
 
 // How M rows are shared: a slot is one thread's run of neighbouring rows, cut in blocks.
@@ -49,26 +53,85 @@ struct Rows {
   }
 };
 
-// Calls visit(slot, row, count, t) for each block of rows with t[count, padded(R)] = a S, which it
-// scales; visit runs once a block, in order within a slot.
-template <typename scalar_t, bool kPairs, typename Visit>
-void low_rank_product(const LowRank<scalar_t>& p, const Rows& rows_of, const Visit& visit) {
+// What a product does with its operands and sums; a class derived from it hides what it does in
+// another way. acc_t lanes: see tile.h.
+template <typename scalar_t_, bool kPairs_>
+struct Block {
+  using scalar_t = scalar_t_;
   using acc_t = at::opmath_type<scalar_t>;
-  constexpr bool kDirect = kPairs || std::is_same_v<scalar_t, acc_t>;
+  static constexpr bool kPairs = kPairs_;
+  // start() gives each sum a first value
+  static constexpr bool kStarts = false;
+  LowRank<scalar_t> p;
+
+  int64_t lanes() const { return kPairs ? p.K / 2 : p.K; }
+  // whether rows of a are multiplied where they lie
+  bool direct() const {
+    return (kPairs || std::is_same_v<scalar_t, acc_t>)&&(p.transposed || !p.gain);
+  }
+
+  // panel[lanes, width] of W from column `first`
+  void pack(acc_t* panel, int64_t first, int64_t width) const {
+    pack_panel<kPairs>(panel, p.wide, p.transposed, p.K, p.N, first, width);
+  }
+
+  // rows of a in lanes; room for them when they are not direct
+  const acc_t* load(acc_t* room, int64_t row, int64_t rows) const {
+    if (direct()) return reinterpret_cast<const acc_t*>(p.a) + row * lanes();
+    widen(room, p.a + row * p.K, rows * p.K);
+    if (!p.transposed && p.gain) {
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t k = 0; k < p.K; ++k) room[i * p.K + k] *= static_cast<acc_t>(p.gain[k]);
+    }
+    return room;
+  }
+
+  // once a block, in order within a slot: t[rows, padded(R)] = a S, which it may change
+  void visit(int64_t slot, int64_t row, int64_t rows, const acc_t* a, acc_t* t) {}
+
+  // sums[rows, ld]: all columns of a block
+  void start(int64_t slot, int64_t row, int64_t rows, acc_t* sums, int64_t ld) {}
+
+  // sums[rows, ld] of the `used` columns from col, finished
+  void store(int64_t slot, int64_t row, int64_t rows, int64_t col, int64_t used, acc_t* sums,
+             int64_t ld) {
+    acc_t bias[kPanel<acc_t>], gain[kPanel<acc_t>];
+    if (p.bias) widen(bias, p.bias + col, used);
+    const bool scaled = p.transposed && p.gain;
+    if (scaled) widen(gain, p.gain + col, used);
+    for (int64_t i = 0; i < rows; ++i) {
+      acc_t* const sum = sums + i * ld;
+      if (scaled)
+        for (int64_t j = 0; j < used; ++j) sum[j] *= gain[j];
+      narrow(p.out + (row + i) * p.N + col, sum, p.bias ? bias : nullptr, used);
+    }
+  }
+};
+
+template <typename Op>
+void block_product(Op& op, const Rows& rows_of) {
+  using scalar_t = typename Op::scalar_t;
+  using acc_t = typename Op::acc_t;
+  constexpr bool kPairs = Op::kPairs;
   constexpr int64_t kWide = kPanel<acc_t>;
-  const int64_t K = kPairs ? p.K / 2 : p.K, Rp = padded<acc_t>(p.R);
+  const LowRank<scalar_t>& p = op.p;
+  const int64_t K = op.lanes(), Rp = padded<acc_t>(p.R);
   const auto options = p.options.dtype(c10::CppTypeToScalarType<acc_t>::value);
 
   const int64_t slots = rows_of.slots, block = rows_of.block;
+  const int64_t all = (p.N + kWide - 1) / kWide * kWide;
   int64_t group = kGroupBytes / (sizeof(acc_t) * std::max<int64_t>(1, K + p.R)) / kWide * kWide;
-  group = std::max(kWide, std::min((p.N + kWide - 1) / kWide * kWide, group));
+  group = std::max(kWide, Op::kStarts ? all : std::min(all, group));
   const int64_t passes = K > kDepth ? (K + kDepth - 1) / kDepth : 1;
+  // sums of one panel at a time, unless they are started or come back
+  const bool whole = Op::kStarts || passes > 1;
 
-  const int64_t sums_size = block * (passes > 1 ? group : kWide);
-  const int64_t wide_size = kDirect ? 0 : block * p.K;
+  const int64_t ld = whole ? group : kWide;
+  const int64_t wide_size = op.direct() ? 0 : block * p.K;
   const int64_t shrink_size = K * Rp, group_size = (K + p.R) * group;
+  const int64_t slot_size = block * ld + wide_size;
   at::Tensor scratch =
-      at::empty({shrink_size + group_size + slots * (sums_size + wide_size) + p.M * Rp}, options);
+      at::empty({shrink_size + group_size + slots * slot_size + p.M * Rp}, options);
   acc_t* const shrink = scratch.template mutable_data_ptr<acc_t>();
   acc_t* const panels = shrink + shrink_size;
   acc_t* const t_all = panels + group_size;
@@ -89,28 +152,23 @@ void low_rank_product(const LowRank<scalar_t>& p, const Rows& rows_of, const Vis
           continue;
         }
         acc_t* panel = panels + (first - col0) * (K + p.R);
-        pack_panel<kPairs>(panel, p.wide, p.transposed, p.K, p.N, first, width);
+        op.pack(panel, first, width);
         pack_panel<false>(panel + K * width, p.expand, p.transposed, p.R, p.N, first, width);
       }
     });
 
     const auto run_block = [&](int64_t slot, int64_t row, int64_t rows) {
-      acc_t* const sums = blocks + slot * (sums_size + wide_size);
+      acc_t* const sums = blocks + slot * slot_size;
       acc_t* const t = t_all + row * Rp;
-      const acc_t* a;
-      if constexpr (kDirect) {
-        a = reinterpret_cast<const acc_t*>(p.a) + row * K;
-      } else {
-        widen(sums + sums_size, p.a + row * p.K, rows * p.K);
-        a = sums + sums_size;
-      }
+      const acc_t* const a = op.load(sums + block * ld, row, rows);
       if (col0 == 0) {
         for (int64_t r = 0; r < p.R; r += kWide) {
           const int64_t width = width_of(p.R - r);
           multiply_panel<acc_t, kPairs, false>(t + r, Rp, false, rows, width == kWide,
                                                {a, K, shrink + r * K, width, K});
         }
-        visit(slot, row, rows, t);
+        op.visit(slot, row, rows, a, t);
+        op.start(slot, row, rows, sums, ld);
       }
       for (int64_t pass = 0; pass < passes; ++pass) {
         const int64_t k = pass * kDepth;
@@ -119,17 +177,13 @@ void low_rank_product(const LowRank<scalar_t>& p, const Rows& rows_of, const Vis
         for (int64_t c = 0; c < cols; c += kWide) {
           const int64_t width = width_of(p.N - col0 - c);
           const acc_t* panel = panels + c * (K + p.R);
-          acc_t* const c_sums = passes > 1 ? sums + c * rows : sums;
-          multiply_panel<acc_t, kPairs, false>(c_sums, width, pass > 0, rows, width == kWide,
+          acc_t* const c_sums = whole ? sums + c : sums;
+          multiply_panel<acc_t, kPairs, false>(c_sums, ld, Op::kStarts || pass > 0, rows,
+                                               width == kWide,
                                                {a + k, K, panel + k * width, width, depth},
                                                {t, Rp, panel + K * width, width, last ? p.R : 0});
-          if (!last) continue;
-          const int64_t used = std::min(width, cols - c);
-          acc_t bias[kWide];
-          if (p.bias) widen(bias, p.bias + col0 + c, used);
-          for (int64_t i = 0; i < rows; ++i)
-            narrow(p.out + (row + i) * p.N + col0 + c, c_sums + i * width, p.bias ? bias : nullptr,
-                   used);
+          if (last)
+            op.store(slot, row, rows, col0 + c, std::min(width, cols - c), c_sums, ld);
         }
       }
     };
@@ -141,6 +195,20 @@ void low_rank_product(const LowRank<scalar_t>& p, const Rows& rows_of, const Vis
       }
     });
   }
+}
+
+// bfloat16 pairs are multiplied as they are when a row holds a whole number of them
+template <typename scalar_t, typename Run>
+void with_pairs(int64_t k, const Run& run) {
+  if constexpr (kHasPairs && std::is_same_v<scalar_t, at::BFloat16>) {
+    if (k % 2 == 0) return run(std::true_type{});
+  }
+  run(std::false_type{});
+}
+
+template <typename Op>
+Rows rows_of(const Op& op) {
+  return Rows(op.p.M, op.lanes(), sizeof(typename Op::acc_t), op.p.M * op.p.N * op.p.K);
 }
 
 // sum[R, padded N] (+)= t[rows, R]ᵀ src[rows, N]: one block's share of a factor's gradient.

@@ -1,0 +1,54 @@
+// The gradient of a gain: dgain[o] = sum over rows of dy[m, o] · acc[m, o], where y = gain ∘ acc + b.
+//
+// acc is not kept: the forward product is run once more, and each of its finished sums meets dy
+// while it is in a register tile's reach. Nothing of size M·O is read but dy.
+
+#pragma once
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+
+#include "block_product.h"
+
+namespace lorakern {
+
+// Forward: the op of a forward product, without gain and bias
+template <typename Forward>
+struct GainGradient : Forward {
+  using scalar_t = typename Forward::scalar_t;
+  using acc_t = typename Forward::acc_t;
+  const scalar_t* dy;
+  // [slots, N]
+  acc_t* parts;
+
+  void store(int64_t slot, int64_t row, int64_t rows, int64_t col, int64_t used, acc_t* sums,
+             int64_t ld) {
+    acc_t* const part = parts + slot * this->p.N + col;
+    acc_t wide[kPanel<acc_t>], block[kPanel<acc_t>] = {};
+    for (int64_t i = 0; i < rows; ++i) {
+      widen(wide, dy + (row + i) * this->p.N + col, used);
+      for (int64_t j = 0; j < used; ++j) block[j] += wide[j] * sums[i * ld + j];
+    }
+    for (int64_t j = 0; j < used; ++j) part[j] += block[j];
+  }
+};
+
+template <typename Forward>
+void gain_gradient(const Forward& forward, const typename Forward::scalar_t* dy,
+                   typename Forward::scalar_t* dgain) {
+  using scalar_t = typename Forward::scalar_t;
+  using acc_t = typename Forward::acc_t;
+  const auto& p = forward.p;
+  const Rows rows = rows_of(forward);
+  at::Tensor parts = at::zeros({rows.slots * p.N},
+                               p.options.dtype(c10::CppTypeToScalarType<acc_t>::value));
+  GainGradient<Forward> op{{forward}, dy, parts.template mutable_data_ptr<acc_t>()};
+  block_product(op, rows);
+  for (int64_t o = 0; o < p.N; ++o) {
+    acc_t sum = 0;
+    for (int64_t slot = 0; slot < rows.slots; ++slot) sum += op.parts[slot * p.N + o];
+    dgain[o] = static_cast<scalar_t>(sum);
+  }
+}
+
+}  // namespace lorakern

@@ -1,0 +1,57 @@
+// What the launchers of the adapted linear layers share: their operands as the products take them.
+
+#pragma once
+
+#include <optional>
+
+#include "../check.h"
+#include "block_product.h"
+
+namespace lorakern {
+
+template <typename scalar_t>
+const scalar_t* data(const at::Tensor& t) {
+  return t.const_data_ptr<scalar_t>();
+}
+
+// rows of x [..., I]
+inline int64_t rows_in(const at::Tensor& x) {
+  return x.numel() / std::max<int64_t>(x.size(-1), 1);
+}
+
+// a vector of one value an output, or an undefined tensor
+inline at::Tensor row_vector(const std::optional<at::Tensor>& v, const char* name, int64_t O,
+                             const at::Tensor& x) {
+  if (!v) return at::Tensor();
+  check_shape(*v, name, {O});
+  check_like(*v, name, x);
+  return v->contiguous();
+}
+
+template <typename scalar_t>
+const scalar_t* data_or_null(const at::Tensor& t) {
+  return t.defined() ? t.const_data_ptr<scalar_t>() : nullptr;
+}
+
+// y = gain ∘ (x weightᵀ + (x downᵀ) upᵀ) + bias; down, up, bias, gain and y may be undefined
+template <typename scalar_t>
+LowRank<scalar_t> forward_product(const at::Tensor& x, const at::Tensor& weight,
+                                  const at::Tensor& bias, const at::Tensor& down,
+                                  const at::Tensor& up, const at::Tensor& y,
+                                  const at::Tensor& gain) {
+  return {rows_in(x),
+          weight.size(1),
+          weight.size(0),
+          down.defined() ? down.size(0) : 0,
+          data<scalar_t>(x),
+          data<scalar_t>(weight),
+          data_or_null<scalar_t>(down),
+          data_or_null<scalar_t>(up),
+          data_or_null<scalar_t>(bias),
+          true,
+          y.defined() ? y.mutable_data_ptr<scalar_t>() : nullptr,
+          x.options(),
+          data_or_null<scalar_t>(gain)};
+}
+
+}  // namespace lorakern

@@ -1,0 +1,57 @@
+"""What the public functions of several ops ask of their tensors."""
+
+import torch
+from torch import Tensor
+
+
+def alike(**tensors: Tensor | None) -> None:
+    """Raises ValueError unless all that are there share a floating dtype and a device."""
+    there = {name: t for name, t in tensors.items() if t is not None}
+    for what in ("dtype", "device"):
+        values = {name: getattr(t, what) for name, t in there.items()}
+        if len(set(values.values())) > 1:
+            raise ValueError(
+                f"mixed {what}s: {', '.join(f'{name} {value}' for name, value in values.items())}"
+            )
+    dtype = next(iter(there.values())).dtype
+    if not dtype.is_floating_point:
+        raise ValueError(f"want floating-point tensors, got {dtype}")
+
+
+def shapes(**wanted: tuple[Tensor | None, list[int]]) -> None:
+    """Raises ValueError for the first tensor that is there and has another shape than wanted."""
+    for name, (tensor, want) in wanted.items():
+        if tensor is not None and list(tensor.shape) != want:
+            raise ValueError(f"want {name} {want}, got {list(tensor.shape)}")
+
+
+def matrices(**tensors: Tensor | None) -> None:
+    """Raises ValueError for the first tensor that is there and is not a matrix."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dim() != 2:
+            raise ValueError(f"want {name} as a matrix, got {list(tensor.shape)}")
+
+
+def frozen_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor | None, **factors: Tensor | None
+) -> None:
+    """The frozen layer beside its factors: dtypes, devices, features, nothing frozen trains.
+
+    Raises:
+        ValueError: says what was wanted and what came.
+    """
+    matrices(weight=weight)
+    out_features, in_features = weight.shape
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise ValueError(f"want x [..., {in_features}] as weight takes, got {list(x.shape)}")
+    shapes(bias=(bias, [out_features]), gain=(gain, [out_features]))
+    alike(x=x, weight=weight, bias=bias, gain=gain, **factors)
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        raise ValueError("weight and bias are frozen here; call requires_grad_(False) on them")
+
+
+def live(scale: float | Tensor) -> float | Tensor:
+    """The scale as an op takes it: under torch.compile a 0-dim tensor, else as it came."""
+    if torch.compiler.is_compiling() and not isinstance(scale, Tensor):
+        return torch.tensor(scale, dtype=torch.float64)
+    return scale
