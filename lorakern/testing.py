@@ -54,7 +54,7 @@ def check_every_kernel(op: str, args: tuple) -> None:
         again = _tuple(found.load(name)(*given))
         for got, twice in zip(results, again, strict=True):
             assert torch.equal(got, twice), f"{op} on {name}: a second run gives other bits"
-        for before, after in zip(_tensors(args), _tensors(given), strict=True):
+        for before, after in zip(tensors(args), tensors(given), strict=True):
             assert torch.equal(before, after), f"{op} on {name} changed an input"
 
 
@@ -69,7 +69,7 @@ def check_backward_formula(function: Callable, spec: Callable, args: tuple) -> N
     dy = torch.randn_like(y)
     y.backward(dy)
     want.backward(dy)
-    for i, (a, b) in enumerate(zip(_tensors(mine), _tensors(theirs), strict=True)):
+    for i, (a, b) in enumerate(zip(tensors(mine), tensors(theirs), strict=True)):
         if a.requires_grad:
             assert a.grad is not None, f"tensor {i} of the arguments got no gradient"
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-12)
@@ -124,7 +124,8 @@ def _leaves(args: tuple) -> tuple:
     return backend.on_tensors(lambda t: t.detach().clone().requires_grad_(t.requires_grad), args)
 
 
-def _tensors(args: tuple) -> list[Tensor]:
+def tensors(args: tuple) -> list[Tensor]:
+    """The tensors among an op's arguments, also those in lists."""
     found: list[Tensor] = []
     backend.on_tensors(found.append, args)
     return found
