@@ -39,7 +39,7 @@ class Op:
 
     def __init__(self, name: str, schema: str, reference: Callable, kernels: dict[str, Kernel]):
         self.name, self.reference, self.kernels = name, reference, kernels
-        self._loaded: dict[str, Callable] = {"reference": _in_float32(reference)}
+        self._loaded: dict[str, Callable] = {"reference": _in_float32(reference, _like(schema))}
         self._picked: dict[tuple, Callable] = {}
         _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(name, self._run_with_numbers, "CompositeExplicitAutograd")
@@ -213,8 +213,18 @@ def on_tensors(function: Callable, args: tuple) -> tuple:
     return tuple([one(b) for b in a] if isinstance(a, list) else one(a) for a in args)
 
 
-def _in_float32(reference: Callable) -> Callable:
-    """The spec as a kernel: 16-bit tensors are widened, and each result is rounded once."""
+def _like(schema: str) -> list[int]:
+    """Per result the argument whose dtype it has: `x` for `dx`, else the first."""
+    parsed = torch._C.parse_schema(f"op{schema}")
+    names = [f"d{a.name}" for a in parsed.arguments]
+    return [names.index(r.name) if r.name in names else 0 for r in parsed.returns]
+
+
+def _in_float32(reference: Callable, like: list[int]) -> Callable:
+    """The spec as a kernel: 16-bit tensors are widened, and each result is rounded once.
+
+    like: per result the place of the argument whose dtype it has.
+    """
 
     def run(*args):
         dtype, device = args[0].dtype, args[0].device.type
@@ -225,6 +235,8 @@ def _in_float32(reference: Callable) -> Callable:
             results = reference(*on_tensors(lambda t: t.float() if t.dtype in _HALF else t, args))
         if isinstance(results, Tensor):
             return results.to(dtype)
-        return tuple(r.to(dtype) for r in results)
+        # of an argument that is None: an empty result
+        to = (dtype if args[i] is None else args[i].dtype for i in like)
+        return tuple(r.to(d) for r, d in zip(results, to, strict=True))
 
     return run

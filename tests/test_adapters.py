@@ -120,11 +120,11 @@ def test_only_factors_train(algo, kind):
 @every_kind
 def test_state_dict_keeps_the_layers_keys(algo, kind):
     model, adapter, layer = adapted(algo, kind)
-    attach(model, "0", algo, rank=2, name="second")
-    train(model[0])
+    second = attach(model, "0", algo, rank=2, name="second")
+    train(second)
     state, plain = model.state_dict(), nn.Sequential(layer).state_dict()
     own = [f"0.{f}" for f in adapter.factors]
-    assert list(state) == [*plain, *own, *(k.replace("0.", "0.second.") for k in own)]
+    assert list(state) == [*plain, *own, *(f"0.second.{f}" for f in second.factors)]
 
     other, _, _ = adapted(algo, kind)
     attach(other, "0", algo, rank=2, name="second")

@@ -103,7 +103,7 @@ def test_the_spec_as_a_kernel_rounds_16_bit_once(dtype):
         return scale * x + x
 
     x = torch.randn(1000, dtype=dtype)
-    got = backend._in_float32(two_steps)(x, 0.3)
+    got = backend._in_float32(two_steps, [0])(x, 0.3)
     assert seen == [torch.float32]
     assert torch.equal(got, (0.3 * x.float() + x.float()).to(dtype))
     assert not torch.equal(got, 0.3 * x + x)

@@ -34,7 +34,7 @@ struct LowRank {
   scalar_t* out;
   at::TensorOptions options;
   // [N] in the sum's epilogue when transposed, else [K] on a; may be null
-  const scalar_t* gain = nullptr;
+  const at::opmath_type<scalar_t>* gain = nullptr;
 };
 
 // How M rows are shared: a slot is one thread's run of neighbouring rows, cut in blocks.
@@ -81,7 +81,7 @@ struct Block {
     widen(room, p.a + row * p.K, rows * p.K);
     if (!p.transposed && p.gain) {
       for (int64_t i = 0; i < rows; ++i)
-        for (int64_t k = 0; k < p.K; ++k) room[i * p.K + k] *= static_cast<acc_t>(p.gain[k]);
+        for (int64_t k = 0; k < p.K; ++k) room[i * p.K + k] *= p.gain[k];
     }
     return room;
   }
@@ -95,13 +95,12 @@ struct Block {
   // sums[rows, ld] of the `used` columns from col, finished
   void store(int64_t slot, int64_t row, int64_t rows, int64_t col, int64_t used, acc_t* sums,
              int64_t ld) {
-    acc_t bias[kPanel<acc_t>], gain[kPanel<acc_t>];
+    acc_t bias[kPanel<acc_t>];
     if (p.bias) widen(bias, p.bias + col, used);
-    const bool scaled = p.transposed && p.gain;
-    if (scaled) widen(gain, p.gain + col, used);
+    const acc_t* const gain = p.transposed && p.gain ? p.gain + col : nullptr;
     for (int64_t i = 0; i < rows; ++i) {
       acc_t* const sum = sums + i * ld;
-      if (scaled)
+      if (gain)
         for (int64_t j = 0; j < used; ++j) sum[j] *= gain[j];
       narrow(p.out + (row + i) * p.N + col, sum, p.bias ? bias : nullptr, used);
     }

@@ -1,4 +1,5 @@
 // The gradient of a gain: dgain[o] = sum over rows of dy[m, o] · acc[m, o], where y = gain ∘ acc + b.
+// It is in the dtype of the sums, as the gain is.
 //
 // acc is not kept: the forward product is run once more, and each of its finished sums meets dy
 // while it is in a register tile's reach. Nothing of size M·O is read but dy.
@@ -24,19 +25,22 @@ struct GainGradient : Forward {
   void store(int64_t slot, int64_t row, int64_t rows, int64_t col, int64_t used, acc_t* sums,
              int64_t ld) {
     acc_t* const part = parts + slot * this->p.N + col;
-    acc_t wide[kPanel<acc_t>], block[kPanel<acc_t>] = {};
-    for (int64_t i = 0; i < rows; ++i) {
-      widen(wide, dy + (row + i) * this->p.N + col, used);
-      for (int64_t j = 0; j < used; ++j) block[j] += wide[j] * sums[i * ld + j];
+    acc_t wide[kPanel<acc_t>];
+    // short runs of a long sum keep it exact
+    for (int64_t from = 0; from < rows; from += kNarrowRun) {
+      acc_t run[kPanel<acc_t>] = {};
+      for (int64_t i = from; i < std::min(rows, from + kNarrowRun); ++i) {
+        widen(wide, dy + (row + i) * this->p.N + col, used);
+        for (int64_t j = 0; j < used; ++j) run[j] += wide[j] * sums[i * ld + j];
+      }
+      for (int64_t j = 0; j < used; ++j) part[j] += run[j];
     }
-    for (int64_t j = 0; j < used; ++j) part[j] += block[j];
   }
 };
 
 template <typename Forward>
 void gain_gradient(const Forward& forward, const typename Forward::scalar_t* dy,
-                   typename Forward::scalar_t* dgain) {
-  using scalar_t = typename Forward::scalar_t;
+                   typename Forward::acc_t* dgain) {
   using acc_t = typename Forward::acc_t;
   const auto& p = forward.p;
   const Rows rows = rows_of(forward);
@@ -47,7 +51,7 @@ void gain_gradient(const Forward& forward, const typename Forward::scalar_t* dy,
   for (int64_t o = 0; o < p.N; ++o) {
     acc_t sum = 0;
     for (int64_t slot = 0; slot < rows.slots; ++slot) sum += op.parts[slot * p.N + o];
-    dgain[o] = static_cast<scalar_t>(sum);
+    dgain[o] = sum;
   }
 }
 

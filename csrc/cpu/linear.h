@@ -28,6 +28,21 @@ inline at::Tensor row_vector(const std::optional<at::Tensor>& v, const char* nam
   return v->contiguous();
 }
 
+// the dtype of the sums over tensors of this one
+inline at::TensorOptions wide_options(const at::Tensor& x) {
+  return x.options().dtype(at::toOpMathType(x.scalar_type()));
+}
+
+// a gain is in the dtype of the sums: one near 1 is lost in 16-bit
+inline at::Tensor row_gain(const std::optional<at::Tensor>& gain, int64_t O, const at::Tensor& x) {
+  if (!gain) return at::Tensor();
+  check_shape(*gain, "gain", {O});
+  TORCH_CHECK_VALUE(gain->dtype() == wide_options(x).dtype() && gain->device() == x.device(),
+                    "gain: want ", wide_options(x).dtype(), " on ", x.device(), ", got ",
+                    gain->dtype(), " on ", gain->device());
+  return gain->contiguous();
+}
+
 template <typename scalar_t>
 const scalar_t* data_or_null(const at::Tensor& t) {
   return t.defined() ? t.const_data_ptr<scalar_t>() : nullptr;
@@ -51,7 +66,7 @@ LowRank<scalar_t> forward_product(const at::Tensor& x, const at::Tensor& weight,
           true,
           y.defined() ? y.mutable_data_ptr<scalar_t>() : nullptr,
           x.options(),
-          data_or_null<scalar_t>(gain)};
+          data_or_null<at::opmath_type<scalar_t>>(gain)};
 }
 
 }  // namespace lorakern

@@ -133,7 +133,7 @@ std::tuple<at::Tensor, at::Tensor> lora_linear_fwd_cpu(const at::Tensor& x,
   const at::Tensor w = weight.contiguous(), d = down.contiguous(), u = up.contiguous();
   for (const auto& [t, name] : {std::pair{&w, "weight"}, {&d, "down"}, {&u, "up"}})
     check_like(*t, name, x);
-  const at::Tensor b = row_vector(bias, "bias", O, x), g = row_vector(gain, "gain", O, x);
+  const at::Tensor b = row_vector(bias, "bias", O, x), g = row_gain(gain, O, x);
 
   auto sizes = x.sizes().vec();
   sizes.back() = O;
@@ -177,21 +177,22 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_bwd_cpu(
   TORCH_CHECK_VALUE(x.numel() == M * I && h.numel() == M * R, "want x [..., ", I, "] and h [..., ",
                     R, "] of ", M, " rows as dy, got ", x.sizes(), " and ", h.sizes());
 
-  const at::Tensor g = row_vector(gain, "gain", O, x);
+  const at::Tensor g = row_gain(gain, O, x);
   const auto [need_dx, need_ddown, need_dup, need_dgain] = needs;
   const auto make = [&](bool need, at::IntArrayRef sizes) {
     return need && M > 0 ? at::empty(sizes, x.options())
                          : at::zeros(need ? sizes : at::IntArrayRef{0}, x.options());
   };
   at::Tensor dx = make(need_dx, x.sizes()), ddown = make(need_ddown, d.sizes()),
-             dup = make(need_dup, u.sizes()), dgain = make(need_dgain, {O});
+             dup = make(need_dup, u.sizes()),
+             dgain = at::zeros({need_dgain ? O : 0}, gain ? gain->options() : x.options());
   if (M == 0) return {dx, ddown, dup, dgain};
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "lora_linear", [&] {
     if (needs[3]) {
       const auto p = forward_product<scalar_t>(x, w, {}, d, u, {}, {});
       with_pairs<scalar_t>(I, [&](auto pairs) {
         gain_gradient(Forward<scalar_t, pairs.value>{{p}, scale, nullptr}, data<scalar_t>(dy),
-                      dgain.mutable_data_ptr<scalar_t>());
+                      dgain.mutable_data_ptr<at::opmath_type<scalar_t>>());
       });
     }
     if (!needs[0] && !needs[1] && !needs[2]) return;
@@ -201,7 +202,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_bwd_cpu(
                               data<scalar_t>(dy), data<scalar_t>(w), data<scalar_t>(u),
                               data<scalar_t>(d), nullptr, false,
                               needs[0] ? dx.mutable_data_ptr<scalar_t>() : nullptr, x.options(),
-                              gain ? data<scalar_t>(g) : nullptr};
+                              data_or_null<at::opmath_type<scalar_t>>(g)};
     // a gain scales dy in float32
     with_pairs<scalar_t>(gain ? 1 : O, [&](auto pairs) {
       constexpr bool kPairs = pairs.value;

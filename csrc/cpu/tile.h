@@ -30,6 +30,9 @@ constexpr bool kHasPairs = true;
 constexpr bool kHasPairs = false;
 #endif
 
+template <typename scalar_t>
+constexpr bool kPairsOf = kHasPairs && std::is_same_v<scalar_t, at::BFloat16>;
+
 template <typename acc_t>
 constexpr int kWidth = at::vec::Vectorized<acc_t>::size();
 template <typename acc_t>

@@ -7,13 +7,13 @@ every update share one accumulator and one rounding.
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
 from lorakern.adapters import layers
+from lorakern.adapters.rebuilt import rebuilt
 
 ALGOS: dict[str, type["Adapter"]] = {}
 # one set of hooks for an adapter and its layer, so that each fires whichever holds it
@@ -58,7 +58,7 @@ class Adapter(nn.Module):
     """
 
     algo: str
-    factors: tuple[str, ...]
+    factors: tuple[str, ...] = ()
     kinds: tuple[str, ...] = tuple(layers.KINDS)
 
     def __init__(
@@ -94,23 +94,49 @@ class Adapter(nn.Module):
         # not a buffer: a dtype move must not round it. Under torch.compile the tensor is an
         # input of the graph, so that a new value recompiles nothing
         self._scale_tensor = torch.zeros((), dtype=torch.float64, device="cpu")
+        self._multiplier_tensor = self._scale_tensor.clone()
         self._multiplier = 1.0
-        self.alpha = rank if alpha is None else alpha
         self.make_factors(root, dtype)
+        self.alpha = rank if alpha is None else alpha
 
     # what an algorithm writes
 
     def make_factors(self, layer: nn.Module, dtype: torch.dtype) -> None:
-        """Create the parameters named in `factors` on the layer's device."""
+        """Create the factors, each with `new_factor`, as a fresh adapter has them."""
         raise NotImplementedError
+
+    def update(
+        self, weight: Tensor, f: dict[str, Tensor], scale: float | Tensor,
+        multiplier: float | Tensor, mask: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """ΔW in the weight's shape, of these factors; all in the dtype of the sums.
+
+        scale has the multiplier in it. mask: of the rows of ΔW in training, or None.
+        """
+        raise NotImplementedError
+
+    def delta_output(self, x: Tensor) -> Tensor | None:
+        """The update's share of the output, not rounded, where it is made of x; else None."""
+        return None
+
+    def row_mask(self) -> Tensor | None:
+        """[O] in training: what the rows of ΔW are multiplied by this time; None for 1."""
+        return None
+
+    # factors
+
+    def new_factor(self, name: str, shape: Iterable[int], dtype: torch.dtype) -> None:
+        """An uninitialised parameter on the layer's device, entered in `factors`."""
+        device = self.root.weight.device
+        setattr(self, name, nn.Parameter(torch.empty(tuple(shape), dtype=dtype, device=device)))
+        self.factors = (*self.factors, name)
 
     def delta_weight(self) -> Tensor:
         """ΔW in the weight's shape, multiplier included; float32, or float64 on such a layer."""
-        raise NotImplementedError
-
-    def delta_output(self, x: Tensor) -> Tensor:
-        """The update's share of the output, without rounding; x is float32 or float64."""
-        return layers.run(self.root, x, self.delta_weight().to(x.dtype), None)
+        weight = self.root.weight
+        wide = layers.widest(weight.dtype)
+        f = {name: getattr(self, name).to(wide) for name in self.factors}
+        return self.update(weight.to(wide), f, self.live_scale(), self.live_multiplier(), None)
 
     # scale
 
@@ -149,10 +175,15 @@ class Adapter(nn.Module):
         if self._merged:
             raise ValueError(f"adapter {self.name!r} is merged; unmerge it to change its scale")
         self._multiplier, self._alpha = multiplier, alpha
-        self._scale = multiplier * alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+        self._scale = multiplier * self.strength(alpha)
         self._on = self._scale != 0
         self._scale_tensor.fill_(self._scale)
+        self._multiplier_tensor.fill_(multiplier)
         self._look_around()
+
+    def strength(self, alpha: float) -> float:
+        """The scale at a multiplier of 1."""
+        return alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def _look_around(self) -> None:
         """Note whether this is the one adapter of a Linear and runs; a slim forward asks."""
@@ -167,6 +198,10 @@ class Adapter(nn.Module):
     def live_scale(self) -> float | Tensor:
         """The scale as ops take it: a number, or under torch.compile a 0-dim tensor."""
         return self._scale_tensor if torch.compiler.is_compiling() else self._scale
+
+    def live_multiplier(self) -> float | Tensor:
+        """The multiplier, as `live_scale`."""
+        return self._multiplier_tensor if torch.compiler.is_compiling() else self._multiplier
 
     # forward
 
@@ -186,7 +221,7 @@ class Adapter(nn.Module):
             return root.forward(input)
         weight, bias = root.weight, getattr(root, "bias", None)
         device = input.device.type
-        if not _autocast_on(device):
+        if not layers.autocast_on(device):
             return _run_all(adapters, root, input, weight, bias)
         to = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
@@ -298,7 +333,7 @@ class Adapter(nn.Module):
             return
         chain, weight = self.chain(), self.root.weight
         total = weight.to(layers.widest(weight.dtype), copy=True)
-        with _full_precision(weight.device.type):
+        with layers.full_precision(weight.device.type):
             for adapter in chain:
                 if adapter._on:
                     total += adapter.delta_weight()
@@ -333,23 +368,17 @@ def _run_all(
     if x.is_floating_point() and x.dtype != weight.dtype:
         raise ValueError(f"mixed dtypes: x is {x.dtype}, the layer's weight {weight.dtype}")
     wide = layers.widest(weight.dtype)
+    x_wide = x.to(wide) if x.is_floating_point() else x
+    outputs = [a.delta_output(x_wide) for a in adapters]
     if x.is_floating_point():
-        x = x.to(wide)
-        y = layers.run(layer, x, weight.to(wide), None if bias is None else bias.to(wide))
+        rest = [a for a, y in zip(adapters, outputs, strict=True) if y is None]
+        y = rebuilt(rest, layer, x, weight, bias)
     else:
         # indices: only the rows that are looked up are widened
         y = layers.run(layer, x, weight, None).to(wide)
-    for adapter in adapters:
-        y = y + adapter.delta_output(x)
+    for output in outputs:
+        y = y if output is None else y + output
     return y.to(weight.dtype)
-
-
-def _autocast_on(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-
-
-def _full_precision(device: str):
-    return torch.autocast(device, enabled=False) if _autocast_on(device) else nullcontext()
 
 
 def _finite(what: str, value: float) -> float:

@@ -4,6 +4,8 @@ A layer is taken only when its forward is the known formula, because an adapter 
 forward by its own. Everything else is refused with the reason.
 """
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -72,3 +74,55 @@ def padded(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
 def widest(dtype: torch.dtype) -> torch.dtype:
     """The dtype of the sums over tensors of this dtype."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def is_product(layer: nn.Module) -> bool:
+    """Whether the layer multiplies rows by its weight: a Linear, a 1 x 1 convolution."""
+    if isinstance(layer, nn.Linear):
+        return True
+    one = layer.kernel_size == layer.stride == (1, 1)
+    # "same" and "valid" are nothing around one pixel
+    return one and layer.padding in ((0, 0), "same", "valid") and layer.groups == 1
+
+
+def pixels_last(layer: nn.Module, x: Tensor) -> Tensor:
+    """x of a product as rows [..., I]; without a copy when it is in channels_last."""
+    return x if isinstance(layer, nn.Linear) else x.movedim(-3, -1)
+
+
+def pixels_first(layer: nn.Module, y: Tensor) -> Tensor:
+    """The rows of a product in the layout of its output."""
+    return y if isinstance(layer, nn.Linear) else y.movedim(-1, -3)
+
+
+def gradients(
+    layer: nn.Module, x: Tensor, weight: Tensor, dy: Tensor, need_dx: bool, need_dweight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of x and weight of a Linear or Conv2d; None for one that is not needed."""
+    if isinstance(layer, nn.Linear):
+        dx = dy @ weight if need_dx else None
+        rows_x, rows_dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+        return dx, rows_dy.mT @ rows_x if need_dweight else None
+    if x.dim() == 3:
+        dx, dweight = gradients(layer, x[None], weight, dy[None], need_dx, need_dweight)
+        return dx if dx is None else dx[0], dweight
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        inside, padding = padded(layer, x)
+    window = (layer.stride, padding, layer.dilation, False, [0, 0], layer.groups)
+    d_inside, dweight, _ = torch.ops.aten.convolution_backward(
+        dy, inside.detach(), weight, None, *window, [need_dx, need_dweight, False]
+    )
+    if need_dx and inside is not x:
+        d_inside = torch.autograd.grad(inside, x, d_inside)[0]
+    return d_inside, dweight
+
+
+def autocast_on(device: str) -> bool:
+    """Whether autocast would round the products of this kind of device here."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def full_precision(device: str):
+    """A block without autocast."""
+    return torch.autocast(device, enabled=False) if autocast_on(device) else nullcontext()

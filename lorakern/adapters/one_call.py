@@ -23,11 +23,12 @@ def one_call(
     if any(a.dropout and a.training for a in adapters):
         if len(adapters) > 1 or not dropout.can_regenerate(x):
             return None
-        factors = first.down.to(x.dtype), first.up.to(x.dtype)
-        settings = first.scale, layer, first.dropout, first.dropout_mode
+        f = first.folded(x.dtype)
+        factors, settings = (f["down"], f["up"]), (first.scale, layer, first.dropout, first.dropout_mode)
         return dropout.Dropped.apply(x, weight, bias, *factors, *settings)
     if len(adapters) == 1:
-        down, up, scale = first.down.to(x.dtype), first.up.to(x.dtype), first.live_scale()
+        f, scale = first.folded(x.dtype), first.live_scale()
+        down, up = f["down"], f["up"]
     else:
         down, up, scale = _side_by_side(adapters, x.dtype)
     if first.kind == "linear":
@@ -40,8 +41,10 @@ def _side_by_side(adapters: list, dtype: torch.dtype):
     tensors = isinstance(scales[0], Tensor)
     # over the largest, so that no up becomes too small for 16-bit that was not
     scale = torch.stack(scales).abs().amax() if tensors else max(map(abs, scales))
-    ups = [(s / scale * a.up).to(dtype) for s, a in zip(scales, adapters, strict=True)]
-    return torch.cat([a.down.to(dtype) for a in adapters]), torch.cat(ups, 1), scale
+    wide = layers.widest(dtype)
+    both = [a.folded(wide) for a in adapters]
+    ups = [(s / scale * f["up"]).to(dtype) for s, f in zip(scales, both, strict=True)]
+    return torch.cat([f["down"].to(dtype) for f in both]), torch.cat(ups, 1), scale
 
 
 def _convolve(conv: nn.Conv2d, x, weight, bias, down, up, scale) -> Tensor:

@@ -18,6 +18,11 @@ def alike(**tensors: Tensor | None) -> None:
         raise ValueError(f"want floating-point tensors, got {dtype}")
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the sums over tensors of this dtype."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def shapes(**wanted: tuple[Tensor | None, list[int]]) -> None:
     """Raises ValueError for the first tensor that is there and has another shape than wanted."""
     for name, (tensor, want) in wanted.items():
@@ -45,7 +50,11 @@ def frozen_linear(
     if x.dim() == 0 or x.shape[-1] != in_features:
         raise ValueError(f"want x [..., {in_features}] as weight takes, got {list(x.shape)}")
     shapes(bias=(bias, [out_features]), gain=(gain, [out_features]))
-    alike(x=x, weight=weight, bias=bias, gain=gain, **factors)
+    alike(x=x, weight=weight, bias=bias, **factors)
+    if gain is not None and (gain.dtype, gain.device) != (wide(x.dtype), x.device):
+        raise ValueError(
+            f"want gain in {wide(x.dtype)} on {x.device}, got {gain.dtype} on {gain.device}"
+        )
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         raise ValueError("weight and bias are frozen here; call requires_grad_(False) on them")
 
@@ -55,3 +64,9 @@ def live(scale: float | Tensor) -> float | Tensor:
     if torch.compiler.is_compiling() and not isinstance(scale, Tensor):
         return torch.tensor(scale, dtype=torch.float64)
     return scale
+
+
+def only_cpu(first: Tensor, *_) -> str | None:
+    """Why a C++ kernel for CPUs does not run on these arguments; None when it does."""
+    on = first.device.type
+    return None if on == "cpu" else f"the tensors are on {on}; this kernel is for cpu"

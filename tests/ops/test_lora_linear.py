@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lorakern import backend
 from lorakern.functional import lora_linear
+from lorakern.ops.check import wide
 from lorakern.ops.lora_linear import reference
 from lorakern.testing import DTYPES, check_backward_formula, check_every_kernel, lost_share
 
@@ -62,7 +63,7 @@ def inputs(shape, dtype, device="cpu", bias=True, scale=0.7, gain=False):
         make(rank, columns, std=columns**-0.5).requires_grad_(),
         make(out, rank, std=rank**-0.5).requires_grad_(),
         scale,
-        (1 + make(out, std=0.2)).requires_grad_() if gain else None,
+        (1 + make(out, std=0.2)).to(wide(dtype)).requires_grad_() if gain else None,
     )
 
 
@@ -73,7 +74,8 @@ def detached(args):
 def backward_inputs(args, needs=(True, True, True, True)):
     x, weight, _, down, up, scale, gain = detached(args)
     y, h = reference.lora_linear_fwd(x, weight, None, down, up, scale, gain)
-    return torch.randn_like(y), x, h, weight, down, up, scale, gain, list(needs)
+    needs = [*needs[:3], needs[3] and gain is not None]
+    return torch.randn_like(y), x, h, weight, down, up, scale, gain, needs
 
 
 @dtypes
@@ -275,6 +277,7 @@ WRONG = {
     r"want down \[2, 10\], got \[2, 9\]": lambda a: [*a[:3], torch.zeros(2, 9), *a[4:]],
     r"want up \[14, 2\], got \[14, 3\]": lambda a: [*a[:4], torch.zeros(14, 3), a[5]],
     r"want gain \[14\]": lambda a: [*a[:6], torch.zeros(1, 14)],
+    "want gain in torch.float32": lambda a: [*a[:6], torch.zeros(14).half()],
     "mixed dtypes": lambda a: [a[0].half(), *a[1:]],
     "mixed devices": lambda a: [a[0], a[1].to("meta"), *a[2:]],
     r"want bias \[14\]": lambda a: [*a[:2], torch.zeros(13), *a[3:]],
@@ -406,3 +409,19 @@ def test_loralib_is_an_oracle(device):
         ):
             parameter.copy_(value)
     check_against(layer, [layer.lora_A, layer.lora_B], args)
+
+
+@dtypes
+def test_a_gain_near_one_is_not_rounded(dtype, device):
+    """A gain of 1 + 1e-4 is 1 in 16-bit; its effect must reach the output and its gradient."""
+    args = inputs(((512,), 64, 640, 4), dtype, device, bias=False, gain=True)
+    x, weight, _, down, up, scale, _ = detached(args)
+    gain = torch.full((640,), 1 + 1e-4, dtype=wide(dtype), device=device, requires_grad=True)
+    acc = reference.lora_linear_fwd(*(a.double() for a in (x, weight)), None, down.double(),
+                                    up.double(), scale, None)[0]  # fmt: skip
+    for kernel in (k for k, r in backend.why("lora_linear_fwd", *args).items() if r == "ok"):
+        with backend.use(lora_linear_fwd=kernel):
+            y = lora_linear(x, weight, None, down, up, scale, gain)
+        assert y.dtype == dtype
+        assert abs(lost_share(lambda y=y: y, 1e-4 * acc, acc)) < 0.1
+        assert torch.autograd.grad(y.sum(), gain)[0].dtype == wide(dtype)

@@ -8,6 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from lorakern import backend
 from lorakern.functional import lora_linear
+from lorakern.ops.check import wide
 from lorakern.ops.lora_linear import reference
 from lorakern.testing import DTYPES, check_every_kernel
 
@@ -43,8 +44,8 @@ def test_right_on_any_number_of_threads(shape, dtype, count, threads):
     dy, x, weight, bias, down, up = make(*shape, dtype)
     check_every_kernel("lora_linear_fwd", (x, weight, bias, down, up, 0.7, None))
     h = reference.lora_linear_fwd(x, weight, bias, down, up, 0.7, None)[1]
-    for gain in (None, 1 + bias / 5):
-        args = (dy, x, h, weight, down, up, 0.7, gain, [True] * 4)
+    for gain in (None, (1 + bias / 5).to(wide(dtype))):
+        args = (dy, x, h, weight, down, up, 0.7, gain, [True, True, True, gain is not None])
         check_every_kernel("lora_linear_bwd", args)
 
 
@@ -52,11 +53,11 @@ def test_right_on_any_number_of_threads(shape, dtype, count, threads):
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 def test_any_choice_of_gradients(needs, dtype):
     dy, x, weight, bias, down, up = make(40, 21, 36, 6, dtype)
-    args = (dy, x, x @ down.mT, weight, down, up, 0.5, bias)
+    args = (dy, x, x @ down.mT, weight, down, up, 0.5, bias.to(wide(dtype)))
     alone = native.lora_linear_bwd_cpu(*args, list(needs))
     together = native.lora_linear_bwd_cpu(*args, [True] * 4)
     for need, one, all_ in zip(needs, alone, together, strict=True):
-        assert torch.equal(one, all_ if need else torch.empty(0, dtype=dtype))
+        assert torch.equal(one, all_ if need else all_.new_empty(0))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from lorakern import backend
+from lorakern.backend import Kernel
 from lorakern.ops import check
 from lorakern.ops.hada_delta import reference
 
@@ -11,12 +12,14 @@ _fwd = backend.define(
     "hada_delta_fwd",
     "(Tensor down1, Tensor up1, Tensor down2, Tensor up2, Tensor scale) -> Tensor",
     reference.hada_delta_fwd,
+    cpp=Kernel("native:hada_delta_fwd_cpu", check.only_cpu),
 )
 _bwd = backend.define(
     "hada_delta_bwd",
     "(Tensor ddelta, Tensor down1, Tensor up1, Tensor down2, Tensor up2, Tensor scale,"
     " bool[4] needs) -> (Tensor ddown1, Tensor dup1, Tensor ddown2, Tensor dup2)",
     reference.hada_delta_bwd,
+    cpp=Kernel("native:hada_delta_bwd_cpu", check.only_cpu),
 )
 
 

@@ -1,7 +1,8 @@
 """Spec of hada_linear: y = g·(x Wᵀ + x ΔWᵀ) + b, ΔW = s·(up1 down1) ∘ (up2 down2).
 
 LoHa, FedPara (Hyeon-Woo et al. 2022, arXiv:2108.06098) in LyCORIS, arXiv:2309.14859; ∘ is the
-product by elements. The gain g of a row of W + ΔW is DoRA's (arXiv:2402.09353); None is 1.
+product by elements. The gain g of a row of W + ΔW is DoRA's (arXiv:2402.09353), in float32 beside
+16-bit tensors; None is 1.
 Dims: M rows of x (every leading dim), I in_features, O out_features, R rank, S second rank.
 """
 
@@ -13,20 +14,22 @@ def hada_linear_fwd(x, weight, bias, down1, up1, down2, up2, scale, gain):
     y_MO = F.linear(x, weight) + F.linear(x, delta_OI)
     if gain is not None:
         y_MO = gain * y_MO
-    return y_MO if bias is None else y_MO + bias
+    return (y_MO if bias is None else y_MO + bias).to(x.dtype)
 
 
 def hada_linear_bwd(dy, x, weight, down1, up1, down2, up2, scale, gain, needs):
     """needs: which of dx, ddown1, dup1, ddown2, dup2, dgain to compute; the others are empty."""
     dy_MO, x_MI = dy.flatten(0, -2), x.flatten(0, -2)
     need_dx, *need_factors, need_dgain = needs
-    dx, ddown1, dup1, ddown2, dup2, dgain_O = (x.new_empty(0) for _ in range(6))
+    dx, ddown1, dup1, ddown2, dup2 = (x.new_empty(0) for _ in range(5))
+    dgain_O = (x if gain is None else gain).new_empty(0)
     first_OI, second_OI = up1 @ down1, up2 @ down2
     delta_OI = scale * first_OI * second_OI
     if need_dgain:
-        dgain_O = (dy_MO * (F.linear(x_MI, weight) + F.linear(x_MI, delta_OI))).sum(0)
+        acc_MO = F.linear(x_MI, weight) + F.linear(x_MI, delta_OI)
+        dgain_O = (dy_MO * acc_MO).sum(0, dtype=gain.dtype)
     if gain is not None:
-        dy_MO = gain * dy_MO
+        dy_MO = (gain * dy_MO).to(dy.dtype)
     if need_dx:
         dx = (dy_MO @ weight + dy_MO @ delta_OI).view(x.shape)
     if any(need_factors):

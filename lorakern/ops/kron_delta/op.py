@@ -4,16 +4,21 @@ import torch
 from torch import Tensor
 
 from lorakern import backend
+from lorakern.backend import Kernel
 from lorakern.ops import check
 from lorakern.ops.kron_delta import reference
 
 _fwd = backend.define(
-    "kron_delta_fwd", "(Tensor c, Tensor d, Tensor scale) -> Tensor", reference.kron_delta_fwd
+    "kron_delta_fwd",
+    "(Tensor c, Tensor d, Tensor scale) -> Tensor",
+    reference.kron_delta_fwd,
+    cpp=Kernel("native:kron_delta_fwd_cpu", check.only_cpu),
 )
 _bwd = backend.define(
     "kron_delta_bwd",
     "(Tensor ddelta, Tensor c, Tensor d, Tensor scale, bool[2] needs) -> (Tensor dc, Tensor dd)",
     reference.kron_delta_bwd,
+    cpp=Kernel("native:kron_delta_bwd_cpu", check.only_cpu),
 )
 
 

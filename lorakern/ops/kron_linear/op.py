@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from lorakern import backend
+from lorakern.backend import Kernel
 from lorakern.ops import check
 from lorakern.ops.kron_linear import reference
 
@@ -12,6 +13,7 @@ _fwd = backend.define(
     "(Tensor x, Tensor weight, Tensor? bias, Tensor c_up, Tensor? c_down, Tensor d_up,"
     " Tensor? d_down, Tensor scale, Tensor? gain) -> Tensor",
     reference.kron_linear_fwd,
+    cpp=Kernel("native:kron_linear_fwd_cpu", check.only_cpu),
 )
 _bwd = backend.define(
     "kron_linear_bwd",
@@ -19,6 +21,7 @@ _bwd = backend.define(
     " Tensor? d_down, Tensor scale, Tensor? gain, bool[6] needs)"
     " -> (Tensor dx, Tensor dc_up, Tensor dc_down, Tensor dd_up, Tensor dd_down, Tensor dgain)",
     reference.kron_linear_bwd,
+    cpp=Kernel("native:kron_linear_bwd_cpu", check.only_cpu),
 )
 
 
@@ -56,7 +59,7 @@ def kron_linear(
     Kept for backward: x and the factors.
 
     Args:
-        x: [..., I], any floating dtype, the same for every tensor here.
+        x: [..., I], any floating dtype, the same for every tensor but the gain.
         weight: [O, I] with O = A·P and I = B·Q, frozen: it gets no gradient.
         bias: [O] or None, frozen.
         c_up, c_down: [A, B] and None for a whole C, or [A, R] and [R, B]; trained.
@@ -64,6 +67,7 @@ def kron_linear(
         scale: alpha / rank, times the user's multiplier; no unit. Under torch.compile a 0-dim
             CPU tensor, so that a change of its value recompiles nothing.
         gain: [O] or None for 1, trained: DoRA's magnitude over the row norm of W + ΔW; no unit.
+            Beside 16-bit tensors in float32, or one near 1 were lost.
 
     Returns:
         [..., O], contiguous, in x's dtype.

@@ -1,7 +1,8 @@
 """Spec of kron_linear: y = g·(x Wᵀ + s·x (C ⊗ D)ᵀ) + b, with the Kronecker product never made.
 
 LoKr of LyCORIS, arXiv:2309.14859. Each of C and D is whole (its up alone, down is None) or low
-rank, up down. The gain g of a row of W + ΔW is DoRA's (arXiv:2402.09353); None is 1.
+rank, up down. The gain g of a row of W + ΔW is DoRA's (arXiv:2402.09353), in float32
+beside 16-bit tensors; None is 1.
 Dims: M rows of x (every leading dim), C [A, B], D [P, Q], O = A·P out_features, I = B·Q
 in_features, R and S the ranks of C and D.
 """
@@ -13,20 +14,20 @@ def kron_linear_fwd(x, weight, bias, c_up, c_down, d_up, d_down, scale, gain):
     y_MO = F.linear(x, weight) + scale * kron_product(x, *whole(c_up, c_down, d_up, d_down))
     if gain is not None:
         y_MO = gain * y_MO
-    return y_MO if bias is None else y_MO + bias
+    return (y_MO if bias is None else y_MO + bias).to(x.dtype)
 
 
 def kron_linear_bwd(dy, x, weight, c_up, c_down, d_up, d_down, scale, gain, needs):
     """needs: which of dx, dc_up, dc_down, dd_up, dd_down, dgain to compute; others are empty."""
     dy_MO, x_MI = dy.flatten(0, -2), x.flatten(0, -2)
     need_dx, *need_factors, need_dgain = needs
-    dx, dgain_O = x.new_empty(0), x.new_empty(0)
+    dx, dgain_O = x.new_empty(0), (x if gain is None else gain).new_empty(0)
     c_AB, d_PQ = whole(c_up, c_down, d_up, d_down)
     if need_dgain:
         acc_MO = F.linear(x_MI, weight) + scale * kron_product(x_MI, c_AB, d_PQ)
-        dgain_O = (dy_MO * acc_MO).sum(0)
+        dgain_O = (dy_MO * acc_MO).sum(0, dtype=gain.dtype)
     if gain is not None:
-        dy_MO = gain * dy_MO
+        dy_MO = (gain * dy_MO).to(dy.dtype)
     dy_MAP, x_MBQ = (scale * dy_MO).unflatten(-1, (-1, d_PQ.shape[0])), split(x_MI, d_PQ)
     t_MBP = c_AB.mT @ dy_MAP
     if need_dx:

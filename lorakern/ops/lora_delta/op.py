@@ -4,17 +4,22 @@ import torch
 from torch import Tensor
 
 from lorakern import backend
+from lorakern.backend import Kernel
 from lorakern.ops import check
 from lorakern.ops.lora_delta import reference
 
 _fwd = backend.define(
-    "lora_delta_fwd", "(Tensor down, Tensor up, Tensor scale) -> Tensor", reference.lora_delta_fwd
+    "lora_delta_fwd",
+    "(Tensor down, Tensor up, Tensor scale) -> Tensor",
+    reference.lora_delta_fwd,
+    cpp=Kernel("native:lora_delta_fwd_cpu", check.only_cpu),
 )
 _bwd = backend.define(
     "lora_delta_bwd",
     "(Tensor ddelta, Tensor down, Tensor up, Tensor scale, bool[2] needs)"
     " -> (Tensor ddown, Tensor dup)",
     reference.lora_delta_bwd,
+    cpp=Kernel("native:lora_delta_bwd_cpu", check.only_cpu),
 )
 
 

@@ -78,7 +78,7 @@ def lora_linear(
     so an update far below the rounding of the base product is not lost.
 
     Args:
-        x: [..., I], any floating dtype, the same for every tensor here.
+        x: [..., I], any floating dtype, the same for every tensor but the gain.
         weight: [O, I], frozen: it gets no gradient.
         bias: [O] or None, frozen.
         down: [R, I], trained.
@@ -86,6 +86,7 @@ def lora_linear(
         scale: alpha / rank, times the user's multiplier; no unit. Under torch.compile a 0-dim
             CPU tensor, so that a change of its value recompiles nothing.
         gain: [O] or None for 1, trained: DoRA's magnitude over the row norm of W + ΔW; no unit.
+            Beside 16-bit tensors in float32, or one near 1 were lost.
 
     Returns:
         [..., O], contiguous, in x's dtype.

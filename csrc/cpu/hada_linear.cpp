@@ -1,0 +1,194 @@
+// hada_linear on CPU. Spec: lorakern/ops/hada_linear/reference.py
+//
+// The plain-torch spec makes ΔW and two products with it, and dyᵀ x of the weight's size. Here:
+// - Small ranks go by Khatri-Rao: ΔW is the low-rank product up* down* of rank R·S, with
+//   up*[o, (r, s)] = up1[o, r] up2[o, s], and the kernels of lora_linear do the rest.
+// - Larger ones: ΔW is added to the panels of W, in the type of the sums, as they are packed, so
+//   that the product with W + ΔW is one. Tiles of dyᵀ x are consumed in cache (outer_tiles.h).
+// Nothing is saved but x and the factors.
+
+#include <ATen/Dispatch.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/mul.h>
+#include <ATen/ops/sum.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include "gain.h"
+#include "hada_tile.h"
+#include "lora_linear.h"
+#include "outer_tiles.h"
+
+namespace lorakern {
+namespace {
+
+template <typename scalar_t_>
+struct Product : Block<scalar_t_, false> {
+  using Base = Block<scalar_t_, false>;
+  using typename Base::acc_t;
+  const Hadamard<acc_t>& h;
+
+  void pack(acc_t* panel, int64_t first, int64_t width) const {
+    Base::pack(panel, first, width);
+    const auto& p = this->p;
+    const int64_t used = std::min(width, p.N - first);
+    hada_panel(h, p.transposed, 0, p.K, first, used, width,
+               [&](int64_t row, int64_t rows, const acc_t* one, const acc_t* two) {
+                 acc_t* out = panel + row * width;
+                 for (int64_t i = 0; i < rows * width; ++i) out[i] += h.scale * one[i] * two[i];
+               });
+  }
+};
+
+// The update as one low-rank product, up [O, R·S] down [R·S, I], and its gradients' way back.
+struct KhatriRao {
+  const at::Tensor &down1, &up1, &down2, &up2;
+  at::Tensor down, up;
+
+  KhatriRao(const at::Tensor& down1, const at::Tensor& up1, const at::Tensor& down2,
+            const at::Tensor& up2)
+      : down1(down1), up1(up1), down2(down2), up2(up2),
+        down((down1.unsqueeze(1) * down2.unsqueeze(0)).flatten(0, 1)),
+        up((up1.unsqueeze(2) * up2.unsqueeze(1)).flatten(1)) {}
+
+  std::array<at::Tensor, 4> back(const at::Tensor& ddown, const at::Tensor& dup,
+                                 const bool* needs) const {
+    const auto type = down.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+    const int64_t R = down1.size(0), S = down2.size(0);
+    const auto sum = [&](bool need, const at::Tensor& grad, at::IntArrayRef sizes,
+                         const at::Tensor& other, int64_t over) {
+      if (!need) return at::empty({0}, down.options());
+      return (grad.to(type).view(sizes) * other.to(type)).sum(over).to(down.scalar_type());
+    };
+    const std::array<int64_t, 3> of_down = {R, S, down1.size(1)}, of_up = {up1.size(0), R, S};
+    return {sum(needs[0], ddown, of_down, down2.unsqueeze(0), 1),
+            sum(needs[1], dup, of_up, up2.unsqueeze(1), 2),
+            sum(needs[2], ddown, of_down, down1.unsqueeze(1), 0),
+            sum(needs[3], dup, of_up, up1.unsqueeze(2), 1)};
+  }
+};
+
+// its four products of rank R·S against one with the weight
+bool prefers_khatri_rao(int64_t R, int64_t S, int64_t O, int64_t I) {
+  return 10 * 2 * R * S * (O + I) < 8 * O * I;
+}
+
+void check(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& down1,
+           const at::Tensor& up1, const at::Tensor& down2, const at::Tensor& up2) {
+  const int64_t O = weight.size(0), I = weight.size(1), R = down1.size(0), S = down2.size(0);
+  check_contiguous(x, "x");
+  check_shape(down1, "down1", {R, I});
+  check_shape(up1, "up1", {O, R});
+  check_shape(down2, "down2", {S, I});
+  check_shape(up2, "up2", {O, S});
+  for (const auto& [t, name] : {std::pair{&weight, "weight"},
+                                {&down1, "down1"},
+                                {&up1, "up1"},
+                                {&down2, "down2"},
+                                {&up2, "up2"}})
+    check_like(*t, name, x);
+}
+
+}  // namespace
+
+at::Tensor hada_linear_fwd_cpu(const at::Tensor& x, const at::Tensor& weight,
+                               const std::optional<at::Tensor>& bias, const at::Tensor& down1,
+                               const at::Tensor& up1, const at::Tensor& down2,
+                               const at::Tensor& up2, double scale,
+                               const std::optional<at::Tensor>& gain) {
+  check(x, weight, down1, up1, down2, up2);
+  const int64_t O = weight.size(0), I = weight.size(1);
+  TORCH_CHECK_VALUE(x.size(-1) == I, "x: want [..., ", I, "], got ", x.sizes());
+  if (prefers_khatri_rao(down1.size(0), down2.size(0), O, I)) {
+    const KhatriRao f(down1, up1, down2, up2);
+    return std::get<0>(lora_linear_fwd_cpu(x, weight, bias, f.down, f.up, scale, gain));
+  }
+  const at::Tensor w = weight.contiguous(), b = row_vector(bias, "bias", O, x),
+                   g = row_vector(gain, "gain", O, x);
+  auto sizes = x.sizes().vec();
+  sizes.back() = O;
+  at::Tensor y = at::empty(sizes, x.options());
+  if (y.numel() == 0) return y;
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "hada_linear", [&] {
+    const auto h = hadamard<scalar_t>(down1, up1, down2, up2, scale);
+    Product<scalar_t> op{{forward_product<scalar_t>(x, w, b, {}, {}, y, g)}, h};
+    block_product(op, rows_of(op));
+  });
+  return y;
+}
+
+using SixTensors =
+    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+SixTensors hada_linear_bwd_cpu(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight,
+                               const at::Tensor& down1, const at::Tensor& up1,
+                               const at::Tensor& down2, const at::Tensor& up2, double scale,
+                               const std::optional<at::Tensor>& gain, std::array<bool, 6> needs) {
+  check(x, weight, down1, up1, down2, up2);
+  const int64_t O = weight.size(0), I = weight.size(1), M = rows_in(x);
+  const int64_t R = down1.size(0), S = down2.size(0);
+  check_contiguous(dy, "dy");
+  check_like(dy, "dy", x);
+  TORCH_CHECK_VALUE(dy.numel() == M * O, "dy: want ", M, " rows of ", O, ", got ", dy.sizes());
+  const at::Tensor w = weight.contiguous(), g = row_vector(gain, "gain", O, x);
+  if (prefers_khatri_rao(R, S, O, I)) {
+    const KhatriRao f(down1, up1, down2, up2);
+    // h [M, R·S] is not kept: it is made again
+    const auto h = std::get<1>(lora_linear_fwd_cpu(x, w.narrow(0, 0, 0), {}, f.down,
+                                                   f.up.narrow(0, 0, 0), 1, {}));
+    const auto [dx, ddown, dup, dgain] = lora_linear_bwd_cpu(
+        dy, x, h, w, f.down, f.up, scale, gain,
+        {needs[0], needs[1] || needs[3], needs[2] || needs[4], needs[5]});
+    const auto grads = f.back(ddown, dup, &needs[1]);
+    return {dx, grads[0], grads[1], grads[2], grads[3], dgain};
+  }
+  const auto make = [&](bool need, at::IntArrayRef sizes) {
+    return need && M > 0 ? at::empty(sizes, x.options())
+                         : at::zeros(need ? sizes : at::IntArrayRef{0}, x.options());
+  };
+  at::Tensor dx = make(needs[0], x.sizes()), dgain = make(needs[5], {O});
+  std::array<at::Tensor, 4> grads;
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "hada_linear", [&] {
+    const auto h = hadamard<scalar_t>(down1, up1, down2, up2, scale);
+    if (needs[5] && M > 0) {
+      gain_gradient(Product<scalar_t>{{forward_product<scalar_t>(x, w, {}, {}, {}, {}, {})}, h},
+                    data<scalar_t>(dy), dgain.mutable_data_ptr<scalar_t>());
+    }
+    if (needs[0] && M > 0) {
+      const LowRank<scalar_t> p{M, O, I, 0, data<scalar_t>(dy), data<scalar_t>(w), nullptr,
+                                nullptr, nullptr, false, dx.mutable_data_ptr<scalar_t>(),
+                                x.options(), data_or_null<scalar_t>(g)};
+      Product<scalar_t> op{{p}, h};
+      block_product(op, rows_of(op));
+    }
+    const bool none = M == 0 || !(needs[1] || needs[2] || needs[3] || needs[4]);
+    const Tiles tiles(O, I);
+    const HadaGradients<at::opmath_type<scalar_t>> sums(h, tiles.o_count, tiles.i_count);
+    if (none) {
+      for (int k = 0; k < 2; ++k) sums.up_parts[k].zero_(), sums.down_parts[k].zero_();
+    } else {
+      const scalar_t* const gains = data_or_null<scalar_t>(g);
+      outer_tiles<scalar_t, kPairsOf<scalar_t>>(
+          tiles, data<scalar_t>(dy), data<scalar_t>(x), M,
+          [&](int64_t o_tile, int64_t i_tile, int64_t o, int64_t rows, int64_t i, int64_t cols,
+              auto* t, int64_t ld) {
+            for (int64_t r = 0; r < rows; ++r) {
+              const auto by = gains ? h.scale * static_cast<decltype(h.scale)>(gains[o + r])
+                                    : h.scale;
+              for (int64_t c = 0; c < cols; ++c) t[r * ld + c] *= by;
+            }
+            sums.add(o_tile, i_tile, o, rows, i, cols, t, ld);
+          });
+    }
+    grads = sums.total(&needs[1], x.options());
+  });
+  return {dx, grads[0], grads[1], grads[2], grads[3], dgain};
+}
+
+}  // namespace lorakern
+
+TORCH_LIBRARY_FRAGMENT(lorakern_native, m) {
+  m.def("hada_linear_fwd_cpu", &lorakern::hada_linear_fwd_cpu);
+  m.def("hada_linear_bwd_cpu", &lorakern::hada_linear_bwd_cpu);
+}

@@ -1,0 +1,79 @@
+// dyᵀ x [O, I] in tiles that stay in cache and are consumed there: it is never in memory whole.
+//
+// A tile sums over all rows, in runs of kOuterRows: a run of dy is packed once and meets the panels
+// of x of the same rows. Tiles are shared by the threads; each is the same on any number of them.
+
+#pragma once
+
+#include <vector>
+
+#include "linear.h"
+
+namespace lorakern {
+
+constexpr int64_t kOuterRows = 128;
+
+// A matrix cut into tiles of nearly equal sides; columns are cut at whole panels, so that a tile's
+// padded sums never reach into the next.
+struct Tiles {
+  static constexpr int64_t kColumns = 32;
+  int64_t O, I, o_count, i_count;
+
+  Tiles(int64_t O, int64_t I) : O(O), I(I) {
+    o_count = (O + 159) / 160;
+    i_count = (I + 319) / 320;
+    // enough of them to share
+    const int64_t wanted = at::get_num_threads() > 2 ? 3 * at::get_num_threads() : 2;
+    while (o_count * i_count < wanted && (O / o_count > 32 || I / i_count > 2 * kColumns)) {
+      O / o_count > 32 && 2 * (O / o_count) > I / i_count ? ++o_count : ++i_count;
+    }
+  }
+  int64_t row(int64_t tile) const { return tile * O / o_count; }
+  int64_t column(int64_t tile) const {
+    const int64_t panels = (I + kColumns - 1) / kColumns;
+    return std::min(I, tile * panels / i_count * kColumns);
+  }
+};
+
+// visit(o_tile, i_tile, o, rows, i, cols, g, ld): one tile, which it may change
+template <typename scalar_t, bool kPairs, typename Visit>
+void outer_tiles(const Tiles& tiles, const scalar_t* dy, const scalar_t* x, int64_t M,
+                 const Visit& visit) {
+  using acc_t = at::opmath_type<scalar_t>;
+  constexpr int64_t kWide = kPanel<acc_t>;
+  at::parallel_for(0, tiles.o_count * tiles.i_count, 1, [&](int64_t b, int64_t e) {
+    std::vector<acc_t> g, run, panel(kOuterRows * kWide);
+    for (int64_t tile = b; tile < e; ++tile) {
+      const int64_t o_tile = tile / tiles.i_count, i_tile = tile % tiles.i_count;
+      const int64_t o = tiles.row(o_tile), i = tiles.column(i_tile);
+      const int64_t rows = tiles.row(o_tile + 1) - o, cols = tiles.column(i_tile + 1) - i;
+      const int64_t ld = padded<acc_t>(cols);
+      g.resize(rows * ld);
+      run.resize(kOuterRows * rows);
+      for (int64_t m = 0; m < M; m += kOuterRows) {
+        const int64_t depth = std::min(kOuterRows, M - m);
+        const int64_t lanes = kPairs ? (depth + 1) / 2 : depth;
+        if constexpr (kPairs) {
+          pack_row_pairs(run.data(), rows, dy + m * tiles.O + o, tiles.O, rows, depth);
+        } else {
+          pack_rows(run.data(), rows, dy + m * tiles.O + o, tiles.O, rows, depth);
+        }
+        for (int64_t c = 0; c < cols; c += kWide) {
+          const int64_t used = std::min(kWide, cols - c);
+          const int64_t width = used > kWidth<acc_t> ? kWide : kWidth<acc_t>;
+          const scalar_t* from = x + m * tiles.I + i + c;
+          if constexpr (kPairs) {
+            pack_row_pairs(panel.data(), width, from, tiles.I, used, depth);
+          } else {
+            pack_rows(panel.data(), width, from, tiles.I, used, depth);
+          }
+          multiply_panel<acc_t, kPairs, true>(g.data() + c, ld, m > 0, rows, width == kWide,
+                                              {run.data(), rows, panel.data(), width, lanes});
+        }
+      }
+      visit(o_tile, i_tile, o, rows, i, cols, g.data(), ld);
+    }
+  });
+}
+
+}  // namespace lorakern
