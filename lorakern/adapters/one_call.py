@@ -24,7 +24,10 @@ def one_call(
         if len(adapters) > 1 or not dropout.can_regenerate(x):
             return None
         f = first.folded(x.dtype)
-        factors, settings = (f["down"], f["up"]), (first.scale, layer, first.dropout, first.dropout_mode)
+        factors, settings = (
+            (f["down"], f["up"]),
+            (first.scale, layer, first.dropout, first.dropout_mode),
+        )
         return dropout.Dropped.apply(x, weight, bias, *factors, *settings)
     if len(adapters) == 1:
         f, scale = first.folded(x.dtype), first.live_scale()

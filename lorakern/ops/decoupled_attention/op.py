@@ -9,7 +9,10 @@ from lorakern import backend
 from lorakern.backend import Kernel
 from lorakern.ops.check import live
 from lorakern.ops.decoupled_attention import reference
+from lorakern.ops.decoupled_attention import triton_tables as tables
 from lorakern.ops.decoupled_attention.arguments import check
+
+_HERE = "lorakern.ops.decoupled_attention"
 
 
 def _refuse_cpp(q, *_) -> str | None:
@@ -22,13 +25,15 @@ _fwd = backend.define(
     " -> Tensor out",
     reference.decoupled_attention_fwd,
     cpp=Kernel("native:decoupled_attention_fwd_cpu", _refuse_cpp),
+    triton=Kernel(f"{_HERE}.triton_kernel:decoupled_attention_fwd", tables.refuse_fwd),
 )
 _bwd = backend.define(
     "decoupled_attention_bwd",
     "(Tensor dout, Tensor q, Tensor[] keys, Tensor[] values, Tensor[] scales, Tensor?[] masks,"
     " int heads, bool[] needs) -> (Tensor dq, Tensor dk, Tensor dv)",
     reference.decoupled_attention_bwd,
-    cpp=Kernel("native:decoupled_attention_bwd_cpu", lambda dout, q, *rest: _refuse_cpp(q, *rest)),
+    cpp=Kernel("native:decoupled_attention_bwd_cpu", lambda dout, q, *_: _refuse_cpp(q)),
+    triton=Kernel(f"{_HERE}.triton_bwd:decoupled_attention_bwd", tables.refuse_bwd),
 )
 
 
