@@ -56,16 +56,10 @@ def test_one_group_and_no_image():
 # (capability, dtype, heads, d, keys of the groups, masked): SD 1.5 and SDXL, every width of head
 CUBINS = [
     (90, torch.bfloat16, 8, 40, (77, 4), ()),
-    (90, torch.bfloat16, 10, 64, (77, 16, 16), (0,)),
     (90, torch.float16, 8, 160, (77, 257), ()),
-    (90, torch.bfloat16, 8, 96, (77, 4), ()),
-    (90, torch.float32, 8, 40, (77, 4), ()),
-    (80, torch.bfloat16, 8, 80, (77, 4), ()),
-    (80, torch.float16, 8, 160, (77, 257), ()),
-    (80, torch.float32, 8, 160, (77, 16), ()),
-    (100, torch.bfloat16, 8, 40, (77, 4), ()),
-    (100, torch.bfloat16, 20, 128, (77, 257), ()),
-    (100, torch.float16, 8, 160, (77, 16), ()),
+    (80, torch.bfloat16, 8, 80, (77, 4, 4), (0,)),
+    (100, torch.bfloat16, 20, 64, (77, 16), ()),
+    (80, torch.float32, 8, 64, (77, 16), ()),
 ]
 
 
@@ -77,17 +71,20 @@ def compiled(capability, dtype, heads, d, tokens, masked):
 
     tables.hardware = lambda device: ("datacenter", 132)
     args = detached(inputs((2, 1024, heads, d, tokens, masked), dtype, "meta"))
+    needs = [True, False, *[True] * (len(tokens) - 1)]
     launchers = (
         (triton_kernel.decoupled_attention_fwd, *args),
         (
             triton_bwd.decoupled_attention_bwd,
-            *backward_inputs(args, [True, False, *[True] * (len(tokens) - 1)]),
+            *backward_inputs(args, needs),
         ),
     )
     return [
         triton_aot.compile_for(capability, *launch)
         for launcher in launchers
         for launch in triton_aot.launches(*launcher, modules=(triton_kernel, triton_bwd))
+        # lora_linear's, and tested there
+        if launch[0].__name__ != "_sum_slices_kernel"
     ]
 
 
@@ -115,6 +112,5 @@ def test_compiles_without_spills(case, cubins):
     for usage in found:
         assert usage.local == usage.stack == 0, usage
         assert usage.shared <= SHARED[capability], usage
-        if usage.kernel != "_sum_slices_kernel":
-            # float32 sums in float32: no matrix instruction does that
-            assert (usage.instruction == "") == (dtype == torch.float32), usage
+        # float32 sums in float32: no matrix instruction does that
+        assert (usage.instruction == "") == (dtype == torch.float32), usage

@@ -142,7 +142,7 @@ def decoupled_attention_bwd(dout, q, keys, values, scales, masks, heads, needs):
         return dq, dk.zero_(), dv.zero_()
     tile = tables.queries(d, q.dtype, backward=True)
     lengths = [k.shape[1] for k in keys]
-    blocks = [tables.keys(t, d, q.dtype, backward=True) for t in lengths]
+    blocks = [tables.keys_of_dk(t, d, q.dtype) for t in lengths]
     stats = q.new_empty((len(keys), 2, B * heads, Q), dtype=torch.float32)
     given = groups(keys, values, scales, masks)
     options = {
@@ -152,7 +152,7 @@ def decoupled_attention_bwd(dout, q, keys, values, scales, masks, heads, needs):
     with on(q.device):
         _attend_back_kernel[(cdiv(Q, tile.q), B * heads)](
             dq if need_dq else None, stats, dout, q, *given, Q, base_2(d), d**-0.5,
-            BLOCKS_T=tuple(blocks), **options,
+            BLOCKS_T=tuple(tables.keys_of_dq(t, d, q.dtype) for t in lengths), **options,
         )  # fmt: skip
         if not rows:
             return dq, dk, dv

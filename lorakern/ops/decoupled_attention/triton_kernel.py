@@ -28,9 +28,10 @@ def load_tokens(ptr, first, length, C: tl.constexpr, D: tl.constexpr,
 @triton.jit
 def mask_of(mask_ptr, step, b, rows_Q, in_Q):
     """mⱼ of a block of queries, in float32; ones without a mask."""
-    if mask_ptr is None:
-        return tl.full(rows_Q.shape, 1.0, tl.float32)
-    return tl.load(mask_ptr + b * step + rows_Q, mask=in_Q, other=0.0).to(tl.float32)
+    mask_Q = tl.full(rows_Q.shape, 1.0, tl.float32)
+    if mask_ptr is not None:
+        mask_Q = tl.load(mask_ptr + b * step + rows_Q, mask=in_Q, other=0.0).to(tl.float32)
+    return mask_Q
 
 
 @triton.jit(do_not_specialize=["Q"])
@@ -83,13 +84,13 @@ def decoupled_attention_fwd(q, keys, values, scales, masks, heads):
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     if out.numel() == 0:
         return out
-    (B, Q, C), d = q.shape, q.shape[-1] // heads
+    (B, Q, _), d = q.shape, q.shape[-1] // heads
     tile = tables.queries(d, q.dtype, backward=False)
     with on(q.device):
         _attend_kernel[(cdiv(Q, tile.q), B * heads)](
             out, q.contiguous(), *groups(keys, values, scales, masks), Q, base_2(d),
             H=heads, D=d, PRECISION=tables.precision(q.dtype), BLOCK_Q=tile.q,
-            BLOCKS_T=tuple(tables.keys(k.shape[1], d, q.dtype, backward=False) for k in keys),
+            BLOCKS_T=tuple(tables.keys(k.shape[1], d, q.dtype) for k in keys),
             BLOCK_D=tile.d, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return out

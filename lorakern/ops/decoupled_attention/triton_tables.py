@@ -5,11 +5,10 @@ from dataclasses import dataclass
 import torch
 
 from lorakern.ops.lora_linear import triton_tables
-from lorakern.ops.lora_linear.triton_tables import MIN_RANK, cdiv, hardware, padded, precision
+from lorakern.ops.lora_linear.triton_tables import cdiv, hardware, padded
 
-__all__ = ["Tile", "cdiv", "keys", "precision", "queries", "refuse_bwd", "refuse_fwd", "slices"]
-
-MAX_D = 256
+precision = triton_tables.precision
+MAX_D, MAX_D_FLOAT32 = 256, 64
 # keys of a group that are met at once; more are gone through in steps
 MAX_KEYS = 128
 
@@ -29,6 +28,8 @@ def refuse_fwd(q, keys, values, scales, masks, heads) -> str | None:
         return "float64: the kernel sums in float32"
     if q.shape[-1] // heads > MAX_D:
         return f"{q.shape[-1] // heads} channels a head is over {MAX_D}"
+    if q.dtype == torch.float32 and q.shape[-1] // heads > MAX_D_FLOAT32:
+        return f"float32 with {q.shape[-1] // heads} channels a head, over {MAX_D_FLOAT32}: spills"
     return triton_tables.refuse_device(q)
 
 
@@ -40,16 +41,27 @@ def queries(d: int, dtype: torch.dtype, backward: bool) -> Tile:
     """The tile of queries; two accumulators of it are in registers, in backward beside dp."""
     wide = padded(d)
     if dtype.itemsize == 4:
-        return Tile(16 if wide > 128 or backward else 32, wide, 4, 1)
-    return Tile(64, wide, 8 if wide > 64 else 4, 1 if wide > 128 else 2)
+        return Tile(16 if backward else 32, wide, 4, 1)
+    if wide > 128:
+        return Tile(32, wide, 8, 1)
+    return Tile(64, wide, 8 if wide > 64 else 4, 2)
 
 
-def keys(tokens: int, d: int, dtype: torch.dtype, backward: bool) -> int:
-    """Keys of a step: all of a small group."""
-    most = MAX_KEYS
-    if dtype.itemsize == 4 or padded(d) > 128 or backward:
-        most = 32 if dtype.itemsize == 4 else 64
-    return min(most, max(MIN_RANK, padded(tokens)))
+def keys(tokens: int, d: int, dtype: torch.dtype) -> int:
+    """Keys of a step of forward: all of a small group."""
+    most = MAX_KEYS if padded(d) <= 64 else 64
+    return min(32 if dtype.itemsize == 4 or padded(d) > 128 else most, padded(tokens))
+
+
+def keys_of_dq(tokens: int, d: int, dtype: torch.dtype) -> int:
+    """Keys of a step of dq: beside q and dout of a wide head, more would spill."""
+    most = {64: 64, 128: 32}.get(max(64, padded(d)), 16)
+    return min(16 if dtype.itemsize == 4 else most, padded(tokens))
+
+
+def keys_of_dk(tokens: int, d: int, dtype: torch.dtype) -> int:
+    """Keys of a program of dk and dv."""
+    return min(64, keys(tokens, d, dtype))
 
 
 def slices(programs: int, queries_: int, tile: Tile, device: torch.device) -> tuple[int, int]:
