@@ -110,14 +110,19 @@ void copy_rows(acc_t* to, const acc_t* from, int64_t outer, int64_t inner) {
     std::memcpy(to + i * inner, from + i * padded<acc_t>(inner), inner * sizeof(acc_t));
 }
 
+// longest sum of the small products: short runs keep a long sum exact
+constexpr int64_t kSmallRun = 64;
+
 // out[rows, padded(cols)] = left[rows, k] right[k, ld], or leftᵀ [k, rows]; right has slack
 template <bool kTurned, typename acc_t>
 void multiply_small(acc_t* out, const acc_t* left, int64_t lda, int64_t rows, const acc_t* right,
                     int64_t ld, int64_t k, int64_t cols, bool add = false) {
-  for (int64_t c = 0; c < cols; c += kPanel<acc_t>)
-    multiply_panel<acc_t, false, kTurned>(out + c, padded<acc_t>(cols), add, rows,
-                                          cols - c > kWidth<acc_t>,
-                                          {left, lda, right + c, ld, k});
+  for (int64_t from = 0; from < k; from += kSmallRun)
+    for (int64_t c = 0; c < cols; c += kPanel<acc_t>)
+      multiply_panel<acc_t, false, kTurned>(
+          out + c, padded<acc_t>(cols), add || from > 0, rows, cols - c > kWidth<acc_t>,
+          {left + from * (kTurned ? lda : 1), lda, right + from * ld + c, ld,
+           std::min(kSmallRun, k - from)});
 }
 
 }  // namespace lorakern

@@ -106,6 +106,11 @@ def refuse(x: torch.Tensor, *ranks: int) -> str | None:
         return "float64: the kernel sums in float32"
     if max(ranks, default=0) > MAX_RANK:
         return f"rank {max(ranks)} is over {MAX_RANK}"
+    return refuse_device(x)
+
+
+def refuse_device(x: torch.Tensor) -> str | None:
+    """Why no Triton kernel runs where x is; None when one does."""
     if x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         return "bfloat16: Triton's interpreter misreads it" if x.dtype == torch.bfloat16 else None
     if x.device.type != "cuda":
