@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bench.peers import Layer
 from lorakern import backend
-from lorakern.testing import assert_as_exact_as_torch, check_every_kernel, lost_share
+from lorakern.testing import assert_as_exact_as_torch, check_every_kernel, exactly, lost_share
 
 # an update this much smaller than the weight is what a 16-bit addition loses
 SMALL = 1e-3
@@ -35,8 +35,8 @@ def check(bench: ModuleType, args: tuple, layers: dict[str, Layer]) -> tuple:
     check_every_kernel(bench.FORWARD, args)
     check_every_kernel(bench.BACKWARD, backward_args)
 
-    exact_y, exact_h = forward.reference(*_double(args))
-    exact = backward.reference(*_double(bench.backward_inputs(args, exact_h, dy)))
+    exact_y, exact_h = exactly(forward.reference, *args)
+    exact = exactly(backward.reference, *bench.backward_inputs(args, exact_h, dy))
     same = backward.reference(*backward_args)
     for name, layer in layers.items():
         if name == "frozen":
@@ -67,10 +67,10 @@ def lost_shares(bench: ModuleType, args: tuple) -> dict[str, float]:
     small = (*before, up * (SMALL / scale), scale, *args[6:])
     nothing = (*before, torch.zeros_like(up), scale, *args[6:])
     forward = backend.OPS[bench.FORWARD]
-    base = forward.reference(*_double(nothing))[0]
+    base = exactly(forward.reference, *nothing)[0]
     if base.numel() < ENOUGH:
         return {}
-    delta = forward.reference(*_double(small))[0] - base
+    delta = exactly(forward.reference, *small)[0] - base
 
     runs: dict[str, Callable[[], Tensor]] = {
         name: lambda layer=layer: layer.call(args[0])
@@ -85,7 +85,3 @@ def lost_shares(bench: ModuleType, args: tuple) -> dict[str, float]:
 def able(op: str, args: tuple) -> list[str]:
     """Backends that run these arguments."""
     return [name for name, reason in backend.why(op, *args).items() if reason == "ok"]
-
-
-def _double(args: tuple) -> tuple:
-    return tuple(a.double() if isinstance(a, Tensor) else a for a in args)

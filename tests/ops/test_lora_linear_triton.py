@@ -13,7 +13,7 @@ from test_lora_linear import NEEDS, backward_inputs, detached, inputs, name
 
 from lorakern.ops.lora_linear import reference
 from lorakern.ops.lora_linear import triton_tables as tables
-from lorakern.testing import assert_as_exact_as_torch
+from lorakern.testing import assert_as_exact_as_torch, exactly
 
 pytest.importorskip("triton")
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
@@ -39,8 +39,8 @@ def _forget_plans():
 
 
 def check(function, spec, args):
-    exact = spec(*(a.double() if isinstance(a, torch.Tensor) else a for a in args))
-    for i, (got, want, same) in enumerate(zip(function(*args), exact, spec(*args), strict=True)):
+    results = zip(function(*args), exactly(spec, *args), spec(*args), strict=True)
+    for i, (got, want, same) in enumerate(results):
         assert_as_exact_as_torch(f"result {i}", got, want, same)
 
 
