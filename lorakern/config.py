@@ -132,7 +132,7 @@ def fields(section: type[Section] = Config, prefix: str = "") -> dict[str, Any]:
     """Every key by its dotted name, with its pydantic field (type, default, description)."""
     found = {}
     for name, field in section.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+        if field.annotation in Section.__subclasses__():
             found |= fields(field.annotation, f"{prefix}{name}.")
         else:
             found[prefix + name] = field

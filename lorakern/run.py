@@ -254,7 +254,7 @@ def inject(base: models.Base, config: Config) -> dict[str, nn.Module]:
         )  # fmt: skip
         module.train()
         if config.gradient_checkpointing:
-            _checkpoint_gradients(module)
+            checkpoint_gradients(module)
     return trained
 
 
@@ -293,15 +293,17 @@ def autocast(device: torch.device, on: bool) -> AbstractContextManager:
     return torch.autocast(device.type, torch.bfloat16) if on else nullcontext()
 
 
-def _checkpoint_gradients(module: nn.Module) -> None:
+def checkpoint_gradients(module: nn.Module) -> None:
+    """Recompute a diffusers or transformers module's activations; those of transformers must be in
+    training mode."""
     if hasattr(module, "enable_gradient_checkpointing"):
         module.enable_gradient_checkpointing()
-        return
-    # transformers renames it in 5, and asks for training mode
-    for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):
-        if hasattr(module, name):
-            getattr(module, name)()
-            return
+    elif hasattr(module, "activation_checkpointing_enable"):
+        # transformers 5
+        module.activation_checkpointing_enable()
+    elif hasattr(module, "gradient_checkpointing_enable"):
+        # 4 is reentrant if not told, and then layers behind a frozen embedding get no gradient
+        module.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def _rates(config: Config) -> list[float]:

@@ -1,12 +1,14 @@
 """The judge judged: known-wrong results fail in every dtype and magnitude, right ones pass."""
 
 import itertools
+from fractions import Fraction
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from lorakern import backend, testing
-from lorakern.testing import DTYPES, assert_as_exact_as_torch, lost_share
+from lorakern.testing import DTYPES, assert_as_exact_as_torch, exactly, lost_share
 
 WRONG = {
     "zeros": torch.zeros_like,
@@ -26,10 +28,10 @@ magnitudes = pytest.mark.parametrize("magnitude", [1e-3, 1.0, 1e3])
 
 
 def product(dtype, magnitude):
-    """A product in float64 and in dtype, of the same rounded factors."""
+    """A product, the truth and in dtype, of the same rounded factors."""
     a = (magnitude * torch.randn(64, 48, dtype=torch.float64)).to(dtype)
     b = torch.randn(48, 32, dtype=torch.float64).to(dtype)
-    return a.double() @ b.double(), a @ b
+    return exactly(torch.mm, a, b), a @ b
 
 
 @dtypes
@@ -46,6 +48,73 @@ def test_wrong_results_fail(wrong, dtype, magnitude):
     exact, same = product(dtype, magnitude)
     with pytest.raises(AssertionError, match=wrong):
         assert_as_exact_as_torch(wrong, WRONG[wrong](same), exact, same)
+
+
+@dtypes
+@pytest.mark.parametrize("times, right", [(1.5, True), (3, False)])
+def test_the_bound_is_twice_the_error_of_torch(times, right, dtype):
+    exact, same = product(dtype, 1.0)
+    rms = (same - exact).square().mean().sqrt()
+    # uniform, so that the largest error is small beside the root mean square
+    noise = 3**0.5 * (2 * torch.rand_like(exact) - 1)
+    got = (exact + times * rms * noise).to(dtype)
+    if right:
+        assert_as_exact_as_torch("near", got, exact, same)
+        return
+    with pytest.raises(AssertionError, match="rms error"):
+        assert_as_exact_as_torch("far", got, exact, same)
+
+
+SINGLE = {
+    "summed in float32": lambda a, b: a.float() @ b.float(),
+    "factors of float32": lambda a, b: a.float().double() @ b.float().double(),
+    "stored in float32": lambda a, b: (a @ b).float(),
+}
+
+
+@pytest.mark.parametrize("wrong", SINGLE)
+def test_float64_by_way_of_float32_fails(wrong):
+    a, b = torch.randn(64, 48).double() / 3, torch.randn(48, 32).double() / 3
+    with pytest.raises(AssertionError, match="max error"):
+        got = SINGLE[wrong](a, b).double()
+        assert_as_exact_as_torch(wrong, got, exactly(torch.mm, a, b), a @ b)
+
+
+WINDOW = ([1, 1], [0, 0], [1, 1], False, [0, 0], 1)
+
+
+def convolution_backward(dy, x, weight, *needs):
+    pixels = (t[..., None, None] for t in (dy, x, weight))
+    return torch.ops.aten.convolution_backward(*pixels, None, *WINDOW, [*needs, False])
+
+
+# each is a @ b
+PRODUCTS = {
+    "mm": torch.mm,
+    "bmm": lambda a, b: torch.matmul(a[None], b[None])[0],
+    "addmm": lambda a, b: F.linear(a, b.T, torch.zeros_like(b[0])),
+    "convolution": lambda a, b: F.conv2d(
+        a[..., None, None], b.T[..., None, None], torch.zeros_like(b[0])
+    ).flatten(1),
+    "gradient of x": lambda a, b: convolution_backward(
+        a, a.new_zeros(len(a), b.shape[1]), b, True, False
+    )[0].flatten(1),
+    "gradient of the weight": lambda a, b: convolution_backward(
+        a.T, b, a.new_zeros(len(a), b.shape[1]), False, True
+    )[1].flatten(1),
+}
+
+
+@pytest.mark.parametrize("way", PRODUCTS)
+def test_the_truth_is_exact(way):
+    a, b = torch.randn(6, 300, dtype=torch.float64), torch.randn(300, 5, dtype=torch.float64)
+    rows, columns = ([[Fraction(v) for v in row] for row in t.tolist()] for t in (a, b.T))
+    want = [
+        [float(sum(x * y for x, y in zip(row, column, strict=True))) for column in columns]
+        for row in rows
+    ]
+    assert exactly(PRODUCTS[way], a, b).tolist() == want
+    assert PRODUCTS[way](a, b).tolist() != want
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=lambda d: str(d)[6:])

@@ -120,7 +120,9 @@ def gradients(
 
 def autocast_on(device: str) -> bool:
     """Whether autocast would round the products of this kind of device here."""
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    # torch 2.10 cannot trace the question whether the device (meta has none) has autocast at all
+    known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
+    return known and torch.is_autocast_enabled(device)
 
 
 def full_precision(device: str):

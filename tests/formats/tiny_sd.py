@@ -1,6 +1,7 @@
 """Tiny random models of the Stable Diffusion 1 and XL families."""
 
 import functools
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -156,6 +157,8 @@ def assert_same(got: dict, want: dict, sdxl: bool = False) -> None:
 
 def write(path, tensors: dict, metadata: dict | None = None) -> None:
     """A safetensors file as given, for the files that `save` would not write."""
+    # a new file: the tensors may be a map of the old one
+    Path(path).unlink(missing_ok=True)
     safetensors.torch.save_file({k: t.contiguous() for k, t in tensors.items()}, path, metadata)
 
 

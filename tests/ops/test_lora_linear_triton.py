@@ -13,9 +13,9 @@ from test_lora_linear import NEEDS, backward_inputs, detached, inputs, name
 
 from lorakern.ops.lora_linear import reference
 from lorakern.ops.lora_linear import triton_tables as tables
-from lorakern.testing import assert_as_exact_as_torch
+from lorakern.testing import assert_as_exact_as_torch, exactly
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 PLANS = (tables.gemm, tables.shrink, tables.rows)
 # multiprocessors; sm_120 shares sm_89's tiles and instructions
@@ -39,8 +39,8 @@ def _forget_plans():
 
 
 def check(function, spec, args):
-    exact = spec(*(a.double() if isinstance(a, torch.Tensor) else a for a in args))
-    for i, (got, want, same) in enumerate(zip(function(*args), exact, spec(*args), strict=True)):
+    results = zip(function(*args), exactly(spec, *args), spec(*args), strict=True)
+    for i, (got, want, same) in enumerate(results):
         assert_as_exact_as_torch(f"result {i}", got, want, same)
 
 
@@ -158,9 +158,11 @@ def test_compiles_without_spills(case, cubins):
     from triton_aot import MATRIX, SHARED
 
     capability, dtype = case[:2]
+    # the assembler of Triton 3.6 puts up to 8 registers there
+    stack = 32 if triton.__version__.startswith("3.6.") else 0
     for usage in cubins[case].result():
         print(f"sm_{capability} {name(dtype)} {usage}")
-        assert usage.local == usage.stack == 0, usage
+        assert usage.local == 0 and usage.stack <= stack, usage
         assert usage.shared <= SHARED[capability], usage
         if usage.kernel != "_sum_slices_kernel":
             # float32 sums in float32: no matrix instruction does that

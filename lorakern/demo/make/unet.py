@@ -1,8 +1,8 @@
 """The text encoder and the UNet, trained together from scratch on the latents of `variants`.
 
 v-prediction; the draw of the kind of row is MIX; 10 % of the captions are empty, for guidance. The
-schedule is by steps (warm up, stay, go down), so a run may be stopped, and a last descent may start
-from any checkpoint.
+schedule and the random draws go by steps, so a run that was stopped and resumed gives the same bits
+as a straight one.
 """
 
 import json
@@ -171,12 +171,13 @@ def train(
     if ranks > 1:
         meeting = f"file://{(work / 'meeting').resolve()}"
         dist.init_process_group("gloo", meeting, rank=rank, world_size=ranks)
-    data.rng.seed(1000 * first + rank)
-    torch.manual_seed(1000 * first + rank)
     groups = [group for part in parts for group in part.param_groups]
     weights = list(networks.parameters())
     log = Log(f"unet rank {rank}", every=25)
     for step in range(first, steps):
+        # a step's draws depend on its number alone, so a resumed run gives the same bits
+        data.rng.seed(ranks * step + rank)
+        torch.manual_seed(ranks * step + rank)
         factor = warm_stable_decay(step, 100, decay_from, steps)
         for group, peak in zip(groups, PEAK_RATES, strict=True):
             group["lr"] = peak * factor

@@ -108,6 +108,7 @@ def train(
     work: Path, cycles: tuple[int, ...] = (1100, 700), batch: int = 16, lr: float = 2e-3
 ) -> AutoencoderKL:
     """Stage 1, in cycles of steps; each ends with the latents' statistics folded in."""
+    torch.manual_seed(0)
     vae = AutoencoderKL(**CONFIG)
     for index, steps in enumerate(cycles):
         vae = train_cycle(vae, work, index, steps, batch, lr)
