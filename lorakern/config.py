@@ -47,6 +47,8 @@ class OptimizerConfig(Section):
     name: str = Field("adamw", description='adamw (fused), or any "module:Class"')
     lr: float = Field(1e-4, gt=0, description="learning rate")
     text_encoder_lr: float | None = Field(None, gt=0, description="default: lr")
+    loraplus_ratio: float | None = Field(None, gt=0, description="LoRA+: up factors' rate over lr")
+    max_norm: float | None = Field(None, gt=0, description="of an adapter's update; default: none")
     weight_decay: float | None = Field(None, ge=0, description="default: the optimizer's own")
     options: dict[str, Any] = Field({}, description="further options of the optimizer")
     schedule: Literal[

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import lorakern
-from lorakern import cache, checkpoint, data, diffusion, models
+from lorakern import cache, checkpoint, data, diffusion, formats, models
+from lorakern.adapters.groups import limit_norms, parameter_groups, tensors
 from lorakern.adapters.targets import PRESETS
 from lorakern.config import Config
-from lorakern.formats import FORMATS
 from lorakern.monitor import write_bad
 
 
@@ -29,8 +29,9 @@ def prepare(config: Config, *, bar: bool) -> "Run":
     for name, path in (("output", config.output), ("cache", config.cache or config.output)):
         if path.resolve().is_relative_to(config.data.resolve()):
             raise ValueError(f"{name} {path} lies in the data folder {config.data}; choose another")
-    if unknown := [form for form in config.formats if form not in FORMATS]:
-        raise ValueError(f"no format {unknown[0]!r}; there are {', '.join(sorted(FORMATS))}")
+    if unknown := [form for form in config.formats if form not in formats.FORMATS]:
+        there = ", ".join(sorted(formats.FORMATS))
+        raise ValueError(f"no format {unknown[0]!r}; there are {there}")
     device = device_of(config.device)
     examples, bad = data.find(config.data, config.caption)
     base = models.load(config.model)
@@ -77,11 +78,16 @@ class Run:
             base.free("vae", *(() if texts is None else base.text_encoders))
         torch.manual_seed(diffusion.seed_of(config.seed, "factors"))
         self.trained = inject(base, config)
+        for form in config.formats:
+            formats.check(self.trained, path_of(config, form), form)
         for module in self.trained.values():
             module.to(device)
         groups = [
-            {"params": [p for p in module.parameters() if p.requires_grad], "lr": lr}
+            group
             for module, lr in zip(self.trained.values(), _rates(config), strict=False)
+            for group in parameter_groups(
+                module, lr, loraplus_ratio=config.optimizer.loraplus_ratio
+            )
         ]
         self.parameters = [p for group in groups for p in group["params"]]
         self.optimizer = _optimizer(config, groups)
@@ -136,6 +142,9 @@ class Run:
         with warnings.catch_warnings():
             if finite:
                 self.optimizer.step()
+                if self.config.optimizer.max_norm is not None:
+                    for module in self.trained.values():
+                        limit_norms(module, self.config.optimizer.max_norm)
             else:
                 warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler.step\(\)`")
             self.schedule.step()
@@ -199,10 +208,9 @@ class Run:
 
     def _factors(self) -> dict[str, Tensor]:
         return {
-            f"{component}.{name}": p.detach()
+            f"{component}.{name}": tensor
             for component, module in self.trained.items()
-            for name, p in module.named_parameters()
-            if p.requires_grad
+            for name, tensor in tensors(module).items()
         }
 
     def _settings(self) -> dict[str, Any]:
@@ -240,13 +248,10 @@ def inject(base: models.Base, config: Config) -> dict[str, nn.Module]:
             with models.quiet_libraries():
                 module.to(torch.bfloat16)
         targets = chosen.targets if component == "unet" or preset else "attn"
-        try:
-            lorakern.inject(
-                module, chosen.algo, rank=chosen.rank, alpha=chosen.alpha, targets=targets,
-                **chosen.options,
-            )  # fmt: skip
-        except TypeError as error:
-            raise ValueError(f"adapter.options: {error}") from error
+        lorakern.inject(
+            module, chosen.algo, rank=chosen.rank, alpha=chosen.alpha, targets=targets,
+            **chosen.options,
+        )  # fmt: skip
         module.train()
         if config.gradient_checkpointing:
             _checkpoint_gradients(module)

@@ -39,8 +39,25 @@ def test_sources_are_found_by_glob(build, mode):
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
 def test_cuda_asked_for_without_cuda_is_an_error_with_the_reason(build):
-    with pytest.raises(SystemExit, match=r"LORAKERN_BUILD=cuda: .*(no \.cu file|has no CUDA)"):
+    with pytest.raises(SystemExit, match=r"LORAKERN_BUILD=cuda: .* has no CUDA"):
         build.extension("cuda")
+
+
+@pytest.mark.parametrize("mode", ["auto", "cpu", "cuda"])
+def test_a_torch_with_cuda_and_an_nvcc_add_the_cuda_sources(build, mode, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path))
+    (native,) = build.extension(mode)["ext_modules"]
+    sources = {p for p in native.sources if p.startswith("csrc/cuda/")}
+    wanted = {str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cuda/*.cu")}
+    assert wanted and sources == (set() if mode == "cpu" else wanted)
+    assert native.include_dirs[0] == str(ROOT / "csrc")
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
+def test_auto_without_cuda_builds_the_cpu_part(build):
+    (native,) = build.extension("auto")["ext_modules"]
+    assert {Path(s).parts[1] for s in native.sources} == {"cpu"}
 
 
 def test_without_torch_auto_installs_pure_python_and_says_so(build, monkeypatch, capsys):

@@ -256,6 +256,36 @@ def test_convert_and_inspect(capsys, home, tmp_path):
     assert "no such file" in refused(capsys, "inspect", tmp_path / "none.safetensors")
 
 
+def test_every_command_takes_lokr_with_dora(capsys, home, tmp_path):
+    out, merged, there = tmp_path / "out", tmp_path / "merged", tmp_path / "there.safetensors"
+    options = ["--adapter.algo", "lokr", "--adapter.options", "{dora = true, factor = 4}"]
+    words = ["train", home / "run.toml", "--output", out, "--steps", "2", *options]
+    assert cli.main([str(w) for w in words]) == 0
+    adapter = out / "adapter.safetensors"
+    capsys.readouterr()
+    assert cli.main(["inspect", str(adapter)]) == 0
+    said = capsys.readouterr().out
+    assert "algorithm  lokr, DoRA" in said and "lycoris.kohya" in said and "unet (32)" in said
+    words = ["convert", adapter, there, "--format", "kohya", "--model", home / "model"]
+    assert cli.main([str(w) for w in words]) == 0
+    first, again = load_file(adapter), load_file(there)
+    assert first.keys() == again.keys() and all(again[n].equal(t) for n, t in first.items())
+    words = ["merge", "--model", home / "model", "--adapter", adapter, "--out", merged]
+    assert cli.main([str(w) for w in words]) == 0
+    from lorakern import load
+
+    beside, plain = models.load(str(home / "model")), models.load(str(merged))
+    bare = {name: t.clone() for name, t in beside.unet.named_parameters()}
+    moved = 0.0
+    for name, one in load(beside.pipe, adapter).items():
+        path = name.removeprefix("unet.")
+        one.merge()
+        weight = plain.unet.get_submodule(path).weight
+        assert weight.equal(one.root.weight)
+        moved = max(moved, (weight - bare[f"{path}.weight"]).abs().max().item())
+    assert moved > 1e-4
+
+
 def test_why_names_every_backend(capsys):
     assert cli.main(["why", "lora_linear"]) == 0
     said = capsys.readouterr().out

@@ -28,6 +28,11 @@ def break_off_at(step: int):
     return on_step
 
 
+def adapter(algo: str, **options) -> dict:
+    return {"adapter": {"algo": algo, "rank": 2, "targets": "full", "options": options},
+            }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -37,8 +42,14 @@ def break_off_at(step: int):
         {"adapter": {"rank": 4, "options": {"dropout": 0.2}}, "optimizer":
             {"lr": 3e-3, "name": "torch.optim:NAdam"}},
         {"precision": "bf16", "gradient_checkpointing": True, "loss": {"min_snr": 5}},
+        adapter("loha", rank_dropout=0.2, tucker=True),
+        adapter("lokr", module_dropout=0.3, use_scalar=True),
+        adapter("dora", dropout=0.2) | {"gradient_checkpointing": True},
+        adapter("lora", init="pissa") | {"optimizer": {"lr": 3e-3, "max_norm": 0.1}},
+        adapter("lora", freeze_down=True) | {"optimizer": {"lr": 3e-3, "loraplus_ratio": 4}},
     ],
-    ids=["plain", "text encoder", "accumulate, cosine", "dropout, nadam", "bf16, checkpointing"],
+    ids=["plain", "text encoder", "accumulate, cosine", "dropout, nadam", "bf16, checkpointing",
+         "loha", "lokr", "dora", "pissa", "frozen down"],
 )  # fmt: skip
 def test_resume_is_bit_equal(make, changes):
     half = 4 if changes else 10

@@ -5,9 +5,14 @@ returns is what would run, with every constant and option. `compile_for` turns o
 cubin and reads its resource usage. Both need a process without TRITON_INTERPRET.
 """
 
+import multiprocessing
+import os
 import re
 import subprocess
+import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +25,11 @@ from triton.runtime.jit import JITFunction
 # the most shared memory of one program, in bytes; CUDA C++ Programming Guide, compute capabilities
 SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 MATRIX = {80: "mma.sync", 89: "mma.sync", 90: "wgmma", 100: "tcgen05.mma", 120: "mma.sync"}
+# without a product of matrices
+PLAIN = {"_sum_slices_kernel", "_kron_delta_kernel", "_kron_sums_kernel"}
+# family of tiles and number of multiprocessors; sm_120 shares sm_89's tiles and instructions
+GPUS = {80: ("datacenter", 108), 89: ("other", 128), 90: ("datacenter", 132),
+        100: ("datacenter", 148)}  # fmt: skip
 _CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 _TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
@@ -60,6 +70,46 @@ def launches(function, *args, modules):
         for module, name, value in kept:
             setattr(module, name, value)
     return calls
+
+
+def usages(capability, function, *args):
+    """[Usage] of all that one launcher call launches, with the plans of that GPU."""
+    from lorakern.ops.lora_linear import triton_tables as tables
+
+    tables.hardware = lambda device: GPUS[capability]
+    for plan in vars(tables).values():
+        if hasattr(plan, "cache_clear"):
+            plan.cache_clear()
+    modules = [
+        m for name, m in sys.modules.items() if re.match(r"lorakern\.ops\..*\.triton_", name)
+    ]
+    return [compile_for(capability, *each) for each in launches(function, *args, modules=modules)]
+
+
+@contextmanager
+def on_every_core(compiled, cases):
+    """{case: future of compiled(*case)}, in processes of their own without the interpreter."""
+    interpret = os.environ.pop("TRITON_INTERPRET", None)
+    try:
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=spawn) as pool:
+            yield {case: pool.submit(compiled, *case) for case in cases}
+    finally:
+        if interpret is not None:
+            os.environ["TRITON_INTERPRET"] = interpret
+
+
+def assert_fit(capability, dtype, used):
+    """Nothing spills, shared memory is enough, and products use a matrix instruction: the target's
+    own, or the older mma.sync for tiles that are too small for it."""
+    for usage in used:
+        print(f"sm_{capability} {dtype} {usage}")
+        assert usage.local == usage.stack == 0, usage
+        assert usage.shared <= SHARED[capability], usage
+        if usage.kernel not in PLAIN:
+            # float32 sums in float32: no matrix instruction does that
+            wanted = {""} if dtype == torch.float32 else {MATRIX[capability], "mma.sync"}
+            assert wanted & set(usage.instruction.split("+")), usage
 
 
 def compile_for(capability, kernel, args, options):

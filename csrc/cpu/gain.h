@@ -1,13 +1,15 @@
 // The gradient of a gain: dgain[o] = sum over rows of dy[m, o] · acc[m, o], where y = gain ∘ acc + b.
 // It is in the dtype of the sums, as the gain is.
 //
-// acc is not kept: the forward product is run once more, and each of its finished sums meets dy
-// while it is in a register tile's reach. Nothing of size M·O is read but dy.
+// Where acc was not kept, the forward product is run once more, and each of its finished sums meets
+// dy while it is in a register tile's reach: nothing of size M·O is read but dy.
 
 #pragma once
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
+
+#include <vector>
 
 #include "block_product.h"
 
@@ -51,6 +53,35 @@ void gain_gradient(const Forward& forward, const typename Forward::scalar_t* dy,
   for (int64_t o = 0; o < p.N; ++o) {
     acc_t sum = 0;
     for (int64_t slot = 0; slot < rows.slots; ++slot) sum += op.parts[slot * p.N + o];
+    dgain[o] = sum;
+  }
+}
+
+// the same of an acc[M, O] that was kept
+template <typename scalar_t, typename acc_t = at::opmath_type<scalar_t>>
+void gain_gradient(const scalar_t* acc, const scalar_t* dy, int64_t M, int64_t O, acc_t* dgain) {
+  const int64_t threads = M * O < kSerial ? 1 : at::get_num_threads();
+  const int64_t slots = std::clamp<int64_t>((M + kNarrowRun - 1) / kNarrowRun, 1, threads);
+  std::vector<acc_t> parts(slots * O);
+  at::parallel_for(0, slots, 1, [&](int64_t b, int64_t e) {
+    std::vector<acc_t> run(O), one(O), other(O);
+    for (int64_t slot = b; slot < e; ++slot) {
+      acc_t* const part = parts.data() + slot * O;
+      const int64_t end = (slot + 1) * M / slots;
+      for (int64_t from = slot * M / slots; from < end; from += kNarrowRun) {
+        std::fill(run.begin(), run.end(), acc_t(0));
+        for (int64_t m = from; m < std::min(end, from + kNarrowRun); ++m) {
+          widen(one.data(), acc + m * O, O);
+          widen(other.data(), dy + m * O, O);
+          for (int64_t o = 0; o < O; ++o) run[o] += one[o] * other[o];
+        }
+        for (int64_t o = 0; o < O; ++o) part[o] += run[o];
+      }
+    }
+  });
+  for (int64_t o = 0; o < O; ++o) {
+    acc_t sum = 0;
+    for (int64_t slot = 0; slot < slots; ++slot) sum += parts[slot * O + o];
     dgain[o] = sum;
   }
 }

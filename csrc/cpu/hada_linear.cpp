@@ -105,7 +105,7 @@ at::Tensor hada_linear_fwd_cpu(const at::Tensor& x, const at::Tensor& weight,
     return std::get<0>(lora_linear_fwd_cpu(x, weight, bias, f.down, f.up, scale, gain));
   }
   const at::Tensor w = weight.contiguous(), b = row_vector(bias, "bias", O, x),
-                   g = row_vector(gain, "gain", O, x);
+                   g = row_gain(gain, O, x);
   auto sizes = x.sizes().vec();
   sizes.back() = O;
   at::Tensor y = at::empty(sizes, x.options());
@@ -131,7 +131,7 @@ SixTensors hada_linear_bwd_cpu(const at::Tensor& dy, const at::Tensor& x, const 
   check_contiguous(dy, "dy");
   check_like(dy, "dy", x);
   TORCH_CHECK_VALUE(dy.numel() == M * O, "dy: want ", M, " rows of ", O, ", got ", dy.sizes());
-  const at::Tensor w = weight.contiguous(), g = row_vector(gain, "gain", O, x);
+  const at::Tensor w = weight.contiguous(), g = row_gain(gain, O, x);
   if (prefers_khatri_rao(R, S, O, I)) {
     const KhatriRao f(down1, up1, down2, up2);
     // h [M, R·S] is not kept: it is made again
@@ -147,18 +147,19 @@ SixTensors hada_linear_bwd_cpu(const at::Tensor& dy, const at::Tensor& x, const 
     return need && M > 0 ? at::empty(sizes, x.options())
                          : at::zeros(need ? sizes : at::IntArrayRef{0}, x.options());
   };
-  at::Tensor dx = make(needs[0], x.sizes()), dgain = make(needs[5], {O});
+  at::Tensor dx = make(needs[0], x.sizes()), 
+             dgain = at::zeros({needs[5] ? O : 0}, gain ? gain->options() : x.options());
   std::array<at::Tensor, 4> grads;
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "hada_linear", [&] {
     const auto h = hadamard<scalar_t>(down1, up1, down2, up2, scale);
     if (needs[5] && M > 0) {
       gain_gradient(Product<scalar_t>{{forward_product<scalar_t>(x, w, {}, {}, {}, {}, {})}, h},
-                    data<scalar_t>(dy), dgain.mutable_data_ptr<scalar_t>());
+                    data<scalar_t>(dy), dgain.mutable_data_ptr<at::opmath_type<scalar_t>>());
     }
     if (needs[0] && M > 0) {
       const LowRank<scalar_t> p{M, O, I, 0, data<scalar_t>(dy), data<scalar_t>(w), nullptr,
                                 nullptr, nullptr, false, dx.mutable_data_ptr<scalar_t>(),
-                                x.options(), data_or_null<scalar_t>(g)};
+                                x.options(), data_or_null<at::opmath_type<scalar_t>>(g)};
       Product<scalar_t> op{{p}, h};
       block_product(op, rows_of(op));
     }
@@ -168,13 +169,13 @@ SixTensors hada_linear_bwd_cpu(const at::Tensor& dy, const at::Tensor& x, const 
     if (none) {
       for (int k = 0; k < 2; ++k) sums.up_parts[k].zero_(), sums.down_parts[k].zero_();
     } else {
-      const scalar_t* const gains = data_or_null<scalar_t>(g);
+      const auto* const gains = data_or_null<at::opmath_type<scalar_t>>(g);
       outer_tiles<scalar_t, kPairsOf<scalar_t>>(
           tiles, data<scalar_t>(dy), data<scalar_t>(x), M,
           [&](int64_t o_tile, int64_t i_tile, int64_t o, int64_t rows, int64_t i, int64_t cols,
               auto* t, int64_t ld) {
             for (int64_t r = 0; r < rows; ++r) {
-              const auto by = gains ? h.scale * static_cast<decltype(h.scale)>(gains[o + r])
+              const auto by = gains ? h.scale * gains[o + r]
                                     : h.scale;
               for (int64_t c = 0; c < cols; ++c) t[r * ld + c] *= by;
             }

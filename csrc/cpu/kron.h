@@ -46,27 +46,58 @@ struct Panels {
   }
 };
 
-// C [A, B] and D [P, Q] whole, in the type of the sums.
+// C [A, B] whole, and D [P, Q] whole or as d_up [P, R] d_down [R, Q], in the type of the sums.
 template <typename acc_t>
 struct Kron {
-  int64_t A, B, P, Q;
-  at::Tensor c, d;
+  // R is 0 when D is whole
+  int64_t A, B, P, Q, R;
+  at::Tensor c, d, d_up, d_down;
   const acc_t* C() const { return c.const_data_ptr<acc_t>(); }
-  const acc_t* D() const { return d.const_data_ptr<acc_t>(); }
 };
 
 template <typename scalar_t>
-Kron<at::opmath_type<scalar_t>> whole(const at::Tensor& c_up,
-                                      const std::optional<at::Tensor>& c_down,
-                                      const at::Tensor& d_up,
-                                      const std::optional<at::Tensor>& d_down) {
+Kron<at::opmath_type<scalar_t>> kron(const at::Tensor& c_up, const std::optional<at::Tensor>& c_down,
+                                     const at::Tensor& d_up,
+                                     const std::optional<at::Tensor>& d_down) {
   const auto type = c10::CppTypeToScalarType<at::opmath_type<scalar_t>>::value;
-  const auto product = [&](const at::Tensor& up, const std::optional<at::Tensor>& down) {
-    return (down ? at::matmul(up.to(type), down->to(type)) : up.to(type)).contiguous();
-  };
-  const at::Tensor c = product(c_up, c_down), d = product(d_up, d_down);
-  return {c.size(0), c.size(1), d.size(0), d.size(1), c, d};
+  const auto wide = [&](const at::Tensor& t) { return t.to(type).contiguous(); };
+  const at::Tensor c = c_down ? at::matmul(wide(c_up), wide(*c_down)) : wide(c_up);
+  const int64_t A = c.size(0), B = c.size(1), P = d_up.size(0);
+  if (!d_down) return {A, B, P, d_up.size(1), 0, c, wide(d_up), {}, {}};
+  const int64_t R = d_up.size(1), Q = d_down->size(1);
+  // two narrow products must save more than they lose in width
+  if (2 * R * (P + Q) > P * Q)
+    return {A, B, P, Q, 0, c, at::matmul(wide(d_up), wide(*d_down)), {}, {}};
+  return {A, B, P, Q, R, c, {}, wide(d_up), wide(*d_down)};
 }
+
+// a times D or Dᵀ, in one product or, of a low rank, in two with t[rows, padded(R)] between them.
+template <typename acc_t>
+struct Inner {
+  std::vector<Panels<acc_t>> steps;
+
+  // turned: by Dᵀ
+  Inner(const Kron<acc_t>& f, bool turned) {
+    const auto add = [&](const at::Tensor& m) {
+      const int64_t k = m.size(turned ? 1 : 0), cols = m.size(turned ? 0 : 1);
+      steps.emplace_back(m.const_data_ptr<acc_t>(), turned, k, cols);
+    };
+    if (f.R == 0) {
+      add(f.d);
+    } else {
+      add(turned ? f.d_down : f.d_up);
+      add(turned ? f.d_up : f.d_down);
+    }
+  }
+  void multiply(acc_t* out, acc_t* t, const acc_t* a, int64_t lda, int64_t rows) {
+    if (steps.size() == 2) {
+      steps[0].multiply(t, a, lda, rows);
+      a = t;
+      lda = padded<acc_t>(steps[0].cols);
+    }
+    steps.back().multiply(out, a, lda, rows);
+  }
+};
 
 // lanes read past the end of a row's last matrix, which nothing is made of
 template <typename acc_t>
@@ -79,14 +110,19 @@ void copy_rows(acc_t* to, const acc_t* from, int64_t outer, int64_t inner) {
     std::memcpy(to + i * inner, from + i * padded<acc_t>(inner), inner * sizeof(acc_t));
 }
 
+// longest sum of the small products: short runs keep a long sum exact
+constexpr int64_t kSmallRun = 64;
+
 // out[rows, padded(cols)] = left[rows, k] right[k, ld], or leftᵀ [k, rows]; right has slack
 template <bool kTurned, typename acc_t>
 void multiply_small(acc_t* out, const acc_t* left, int64_t lda, int64_t rows, const acc_t* right,
                     int64_t ld, int64_t k, int64_t cols, bool add = false) {
-  for (int64_t c = 0; c < cols; c += kPanel<acc_t>)
-    multiply_panel<acc_t, false, kTurned>(out + c, padded<acc_t>(cols), add, rows,
-                                          cols - c > kWidth<acc_t>,
-                                          {left, lda, right + c, ld, k});
+  for (int64_t from = 0; from < k; from += kSmallRun)
+    for (int64_t c = 0; c < cols; c += kPanel<acc_t>)
+      multiply_panel<acc_t, false, kTurned>(
+          out + c, padded<acc_t>(cols), add || from > 0, rows, cols - c > kWidth<acc_t>,
+          {left + from * (kTurned ? lda : 1), lda, right + from * ld + c, ld,
+           std::min(kSmallRun, k - from)});
 }
 
 }  // namespace lorakern

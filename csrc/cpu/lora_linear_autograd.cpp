@@ -2,8 +2,10 @@
 // node, which costs a small layer a third of what a Python one does.
 //
 // y = gain ∘ (x weightᵀ + scale · (x downᵀ) upᵀ) + bias; x, down, up and gain get gradients. Saved:
-// x, h [M, R].
+// h [M, R], and x unless down is frozen. Where a gain trains, y before gain and bias too, or backward
+// would cost half a layer more.
 
+#include <ATen/ops/empty.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/library.h>
@@ -21,9 +23,12 @@ struct LoraLinear : torch::autograd::Function<LoraLinear> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& down,
                             const at::Tensor& up, const std::optional<at::Tensor>& gain,
                             const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-                            double scale) {
-    auto [y, h] = lora_linear_fwd_cpu(x, weight, bias, down, up, scale, gain);
-    ctx->save_for_backward({x, h, weight, down, up, gain.value_or(at::Tensor())});
+                            double scale, bool keep) {
+    auto [y, h, kept] =
+        lora_linear_keeping_cpu(x, weight, bias, down, up, scale, gain, keep);
+    // a frozen down asks x for no more than its shape
+    ctx->save_for_backward({down.requires_grad() ? x : at::Tensor(), h, weight, down, up,
+                            gain.value_or(at::Tensor()), kept});
     ctx->saved_data["scale"] = scale;
     return y;
   }
@@ -31,14 +36,19 @@ struct LoraLinear : torch::autograd::Function<LoraLinear> {
   static variable_list backward(AutogradContext* ctx, const variable_list& dy) {
     const auto saved = ctx->get_saved_variables();
     const auto gain = saved[5].defined() ? std::optional(saved[5]) : std::nullopt;
+    const bool need_dgain = gain && ctx->needs_input_grad(3);
     const std::array<bool, 4> needs = {ctx->needs_input_grad(0), ctx->needs_input_grad(1),
-                                       ctx->needs_input_grad(2),
-                                       gain && ctx->needs_input_grad(3)};
-    auto [dx, ddown, dup, dgain] =
-        lora_linear_bwd_cpu(dy[0].contiguous(), saved[0], saved[1], saved[2], saved[3], saved[4],
+                                       ctx->needs_input_grad(2), false};
+    auto sizes = dy[0].sizes().vec();
+    sizes.back() = saved[2].size(1);
+    const at::Tensor x = saved[0].defined() ? saved[0] : at::empty(sizes, dy[0].options());
+    const at::Tensor grad = dy[0].contiguous();
+    auto [dx, ddown, dup, none] =
+        lora_linear_bwd_cpu(grad, x, saved[1], saved[2], saved[3], saved[4],
                             ctx->saved_data["scale"].toDouble(), gain, needs);
-    variable_list grads = {dx, ddown, dup, dgain, {}, {}, {}};
-    for (size_t i = 0; i < needs.size(); ++i) {
+    const at::Tensor dgain = need_dgain ? gain_gradient_cpu(saved[6], grad) : at::Tensor();
+    variable_list grads = {dx, ddown, dup, dgain, {}, {}, {}, {}};
+    for (size_t i = 0; i < 3; ++i) {
       if (!needs[i]) grads[i] = at::Tensor();
     }
     return at::GradMode::is_enabled() ? once(std::move(grads)) : grads;
@@ -59,7 +69,8 @@ at::Tensor lora_linear_cpu(const at::Tensor& x, const at::Tensor& weight,
                            const std::optional<at::Tensor>& bias, const at::Tensor& down,
                            const at::Tensor& up, double scale,
                            const std::optional<at::Tensor>& gain) {
-  return LoraLinear::apply(x, down, up, gain, weight, bias, scale);
+  const bool keep = gain && gain->requires_grad() && at::GradMode::is_enabled();
+  return LoraLinear::apply(x, down, up, gain, weight, bias, scale, keep);
 }
 
 }  // namespace

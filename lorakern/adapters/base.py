@@ -119,6 +119,10 @@ class Adapter(nn.Module):
         """The update's share of the output, not rounded, where it is made of x; else None."""
         return None
 
+    def skips(self) -> bool:
+        """In training: whether this forward goes without the adapter."""
+        return False
+
     def row_mask(self) -> Tensor | None:
         """[O] in training: what the rows of ΔW are multiplied by this time; None for 1."""
         return None
@@ -215,7 +219,7 @@ class Adapter(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         root = self.root
-        adapters = [] if self._merged else [a for a in self.chain() if a._on]
+        adapters = [] if self._merged else [a for a in self.chain() if a._on and not a.skips()]
         if not adapters:
             # not a call: the layer's hooks are this module's too, and have fired
             return root.forward(input)
@@ -304,7 +308,7 @@ class Adapter(nn.Module):
                 del state_dict[key]
             return
         for key in keys:
-            found = key.startswith(own) and key[len(own) :] in self._parameters
+            found = key.startswith(own) and key[len(own) :] in (*self._parameters, *self._buffers)
             put, cut = (mine, len(own)) if found else (rest, len(prefix))
             put[key[cut:]] = state_dict.pop(key)
         state_dict.update({f"{prefix}base.{k}": v for k, v in rest.items()})

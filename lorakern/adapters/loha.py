@@ -6,7 +6,6 @@ FedPara, Hyeon-Woo et al. 2022, arXiv:2108.06098.
 import torch
 from torch import Tensor, nn
 
-from lorakern.adapters import layers
 from lorakern.adapters.base import register
 from lorakern.adapters.tucker import tucker
 from lorakern.adapters.update import Update

@@ -83,6 +83,6 @@ def checked(
     pixels = shapes.get("d_core", shapes.get("d", weight))[2:]
     flat = d == {"d_up", "d_down"}
     columns = B * Q if flat else B * Q * prod(pixels)
-    if A * P != weight[0] or columns != prod(weight[1:]) or list(pixels) != kernel:
+    if weight[0] != A * P or columns != prod(weight[1:]) or list(pixels) != kernel:
         raise ValueError(f"factors {said} do not multiply to weight {weight}")
     return shapes

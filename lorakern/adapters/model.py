@@ -1,6 +1,8 @@
 """Adapters of a whole model: put in, found, taken out, merged; always in place."""
 
+import inspect
 from collections.abc import Iterable
+from functools import cache
 
 from torch import nn
 
@@ -163,9 +165,25 @@ def set_multiplier(model: nn.Module, value: float, name: str | None = None) -> N
             adapter.multiplier = value
 
 
-def _make(layer, path, algo, *, name, rank, alpha, options) -> Adapter:
+@cache
+def options_of(algo: str) -> tuple[str, ...]:
+    """The names of the options that an algorithm takes beside rank and alpha, its own first.
+
+    Raises:
+        ValueError: there is no such algorithm.
+    """
     if algo not in ALGOS:
         raise ValueError(f"no adapter {algo!r}; there are {', '.join(sorted(ALGOS))}")
+    classes = [c for c in ALGOS[algo].__mro__ if issubclass(c, Adapter)]
+    parameters = [p for c in classes for p in inspect.signature(c.__init__).parameters.values()]
+    found = dict.fromkeys(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+    return tuple(name for name in found if name not in ("name", "rank", "alpha"))
+
+
+def _make(layer, path, algo, *, name, rank, alpha, options) -> Adapter:
+    known = options_of(algo)
+    if unknown := [name for name in options if name not in known]:
+        raise ValueError(f"{algo} has no option {', '.join(unknown)}; it has {', '.join(known)}")
     if isinstance(layer, Adapter):
         if any(a.name == name for a in layer.chain()):
             raise ValueError(f"{path} has an adapter {name!r}; give this one another name")

@@ -20,15 +20,14 @@ def one_call(
     if first.kind == "conv2d" and x.dim() == 3:
         y = one_call(adapters, layer, x[None], weight, bias)
         return None if y is None else y[0]
-    if any(a.dropout and a.training for a in adapters):
+    if any(a.drops_rows() for a in adapters):
+        return None
+    if any(a.masks() for a in adapters):
         if len(adapters) > 1 or not dropout.can_regenerate(x):
             return None
         f = first.folded(x.dtype)
-        factors, settings = (
-            (f["down"], f["up"]),
-            (first.scale, layer, first.dropout, first.dropout_mode),
-        )
-        return dropout.Dropped.apply(x, weight, bias, *factors, *settings)
+        settings = first.scale, layer, first.masks()
+        return dropout.Dropped.apply(x, weight, bias, f["down"], f["up"], *settings)
     if len(adapters) == 1:
         f, scale = first.folded(x.dtype), first.live_scale()
         down, up = f["down"], f["up"]

@@ -6,7 +6,7 @@ One op makes the output of a Linear; everything else runs on W + ΔW in float32 
 import torch
 from torch import Tensor, nn
 
-from lorakern.adapters import layers
+from lorakern.adapters import layers, masks
 from lorakern.adapters.base import Adapter
 from lorakern.adapters.dora import Dora
 
@@ -22,9 +22,13 @@ class Update(Adapter):
         detach_norm: the norm is a constant in backward, as in PEFT; LyCORIS goes through it.
         norm_eps: added to the norm; LyCORIS has 1.2e-7, PEFT 0.
         use_scalar: ΔW is multiplied by a trained `scalar`, at first 0; no other factor is then 0.
+        rank_dropout: probability in training that a row of ΔW is 0, as in LyCORIS and PEFT.
+        rank_dropout_scale: the rows that are kept are divided by their share.
+        module_dropout: probability in training that a forward goes without the adapter. Under
+            torch.compile it breaks the graph.
 
     Raises:
-        ValueError: as Adapter's; dora on an embedding, norm_eps below 0.
+        ValueError: as Adapter's; dora on an embedding; norm_eps or a probability out of range.
     """
 
     # the factor that a scalar is multiplied into
@@ -39,12 +43,19 @@ class Update(Adapter):
         detach_norm: bool = True,
         norm_eps: float = 0.0,
         use_scalar: bool = False,
+        rank_dropout: float = 0.0,
+        rank_dropout_scale: bool = False,
+        module_dropout: float = 0.0,
         **options,
     ):
         if norm_eps < 0:
             raise ValueError(f"norm_eps must not be below 0, got {norm_eps!r}")
         self.dora = Dora(wd_on_output, detach_norm, norm_eps) if dora else None
-        self.use_scalar = use_scalar
+        for what, p in (("rank_dropout", rank_dropout), ("module_dropout", module_dropout)):
+            if not 0 <= p < 1:
+                raise ValueError(f"{what} is a probability from 0 to below 1, got {p!r}")
+        self.rank_dropout, self.rank_dropout_scale = rank_dropout, rank_dropout_scale
+        self.use_scalar, self.module_dropout = use_scalar, module_dropout
         super().__init__(base, **options)
         if dora and self.kind == "embedding":
             raise ValueError("dora is for linear, conv2d: no source defines it on an embedding")
@@ -80,6 +91,32 @@ class Update(Adapter):
 
     # the rest
 
+    def skips(self) -> bool:
+        p = self.module_dropout
+        # from the CPU's generator: checkpointing restores its state
+        return bool(p) and self.training and bool(torch.rand((), device="cpu") < p)
+
+    def drops_rows(self) -> bool:
+        """Whether rank_dropout acts on the rows of ΔW now."""
+        return self.training and self.rank_dropout > 0
+
+    def row_mask(self) -> Tensor | None:
+        if not self.drops_rows():
+            return None
+        weight, p = self.root.weight, self.rank_dropout
+        return masks.rows(len(weight), p, self.rank_dropout_scale, weight.device)
+
+    def norm(self) -> Tensor:
+        """‖ΔW‖ at a multiplier of 1, without DoRA's magnitude, in the dtype of the sums."""
+        f = self.folded(layers.widest(self.root.weight.dtype))
+        return self.delta(f, self.strength(self.alpha)).norm()
+
+    def exported(self) -> tuple[dict[str, Tensor], int, float]:
+        """Factors without scalar, for a file; the rank and alpha that give them the same scale."""
+        f = self.fold({name: getattr(self, name).detach() for name in self.factors})
+        f.pop("scalar", None)
+        return f, self.rank, self.alpha
+
     def update(self, weight, f, scale, multiplier, mask) -> Tensor:
         delta = self.delta(self.fold(f), scale).reshape(weight.shape)
         if mask is not None:
@@ -105,7 +142,11 @@ class Update(Adapter):
         wide = layers.widest(weight.dtype)
         return self.dora.row_gain(
             weight,
-            [getattr(self, name) for name in self.factors if name != "magnitude"],
+            [
+                getattr(self, name)
+                for name in (*self.factors, *self._buffers)
+                if name != "magnitude"
+            ],
             lambda w: self.row_terms(w, self.folded(wide)),
             self.live_scale(),
             self.magnitude,
@@ -116,7 +157,7 @@ class Update(Adapter):
     def fused(cls, adapters, layer, x, weight, bias):
         first = adapters[0]
         by_input = first.dora is not None and not first.dora.on_output
-        if len(adapters) > 1 or by_input or not layers.is_product(layer):
+        if len(adapters) > 1 or by_input or first.drops_rows() or not layers.is_product(layer):
             return None
         rows = layers.pixels_last(layer, x)
         f, weight = first.folded(x.dtype), weight.flatten(1)

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 
 import lorakern
 from lorakern import models
+from lorakern.adapters import ALGOS
 from lorakern.config import Config, from_dict
 from lorakern.demo.likeness import Likeness
 from lorakern.train import train
@@ -41,6 +42,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("--out", type=Path, help="new folder to write (lorakern-demo)")
     parser.add_argument("--steps", type=int, default=300, help="updates of the adapter (300)")
     parser.add_argument("--rank", type=int, default=8, help="of the adapter (8)")
+    parser.add_argument("--algo", default="lora", choices=sorted(ALGOS), help="which (lora)")
     given = parser.parse_args(words)
     start = time.perf_counter()
     config = _config(given, given.out or _free(Path("lorakern-demo")))
@@ -51,7 +53,7 @@ def main(words: list[str]) -> int:
     print("1/4  drawing with the model as it ships ...", flush=True)
     before = _draw(models.load(str(BASE)))
 
-    print(f"2/4  training a LoRA of rank {given.rank}, {given.steps} steps ...", flush=True)
+    print(f"2/4  training a {given.algo} of rank {given.rank}, {given.steps} steps ...", flush=True)
     result = train(config)
     kohya, diffusers = result.paths
 
@@ -111,7 +113,7 @@ def _config(given: argparse.Namespace, out: Path) -> Config:
             "steps": given.steps,
             "batch_size": 8,
             "resolution": 64,
-            "adapter": {"rank": given.rank, "targets": TARGETS},
+            "adapter": {"algo": given.algo, "rank": given.rank, "targets": TARGETS},
             "optimizer": {"lr": 2e-3, "schedule": "cosine"},
             "checkpoint": {"every": 100},
         },

@@ -8,12 +8,13 @@ from lorakern.formats import (
 from lorakern.formats.base import FORMATS, UnmatchedKeys
 from lorakern.formats.convert import convert
 from lorakern.formats.files import Summary, detect, inspect
-from lorakern.formats.model import load, save
+from lorakern.formats.model import check, load, save
 
 __all__ = [
     "FORMATS",
     "Summary",
     "UnmatchedKeys",
+    "check",
     "convert",
     "detect",
     "inspect",

@@ -62,8 +62,10 @@ def _as_stable_diffusion(
     for layer in layers:
         path = layer.path if "." in layer.path else names.unflatten(layer.path, sdxl_ldm)
         component = layer.component or (path and names.guess_component(path))
+        if component and path:
+            path = names.canonical(component, path)
         if path is None or component is None:
-            unknown += layer.keys
+            unknown += layer.keys.values()
         else:
             named.append(dataclasses.replace(layer, component=component, path=path))
     if unknown:

@@ -3,16 +3,19 @@
 Alpha is in the header, `lora_adapter_metadata`: a LoraConfig as JSON with its fields prefixed by
 component. Without it alpha = rank, the convention of `load_lora_weights`. Also read: attention
 processors' old names, and a file without prefixes (`save_lora_adapter`).
+
+LoRA alone is written, for `load_lora_weights` takes nothing else; DoRA under PEFT's names in full,
+`lora_magnitude_vector.weight`, of which it drops no part as it does of `dora_scale`.
 """
 
 import json
 from pathlib import Path
 
 from lorakern.formats import config as peft_config
-from lorakern.formats import storage
+from lorakern.formats import kohya, storage
 from lorakern.formats.base import Context, Layer, Stored, collect, define, shorten
 from lorakern.formats.names import COMPONENTS, canonical
-from lorakern.formats.peft import ROOT, split_peft
+from lorakern.formats.peft import ROOT, as_peft_magnitude, split_peft
 
 HEADER = "lora_adapter_metadata"
 # as written; stock reads a text encoder's layers by these endings whatever their mix
@@ -33,7 +36,7 @@ OLD_NAMES = {
 
 def matches(stored: Stored) -> bool:
     return stored.config is None and any(
-        _split(key) and not key.startswith(ROOT) for key in stored.tensors
+        _split(key) and not key.startswith((ROOT, *kohya.PREFIXES)) for key in stored.tensors
     )
 
 
@@ -60,7 +63,7 @@ def read(stored: Stored) -> list[Layer]:
 
     def scale(component, path, rank):
         if not configs:
-            return float(rank), False
+            return float(rank or 1), False, rank or 1
         if component not in configs:
             raise ValueError(
                 f"{stored.path}: {HEADER} has settings for {shorten(map(str, configs))},"
@@ -68,7 +71,11 @@ def read(stored: Stored) -> list[Layer]:
             )
         return peft_config.scale_of(configs[component], path, rank, str(stored.path))
 
-    return collect(stored, _split, scale)
+    layers = collect(stored, _split, scale, peft=True)
+    for component, config in configs.items():
+        own = [layer for layer in layers if layer.component == component]
+        peft_config.check_layers(config, own, str(stored.path))
+    return layers
 
 
 def _configs(stored: Stored) -> dict[str | None, dict]:
@@ -94,19 +101,24 @@ def _configs(stored: Stored) -> dict[str | None, dict]:
 def write(layers: list[Layer], path: Path, context: Context) -> dict[Path, bytes]:
     if path.suffix != ".safetensors":
         path = path / storage.DIFFUSERS_WEIGHTS
+    _refuse_rest(layers)
     tensors, header = {}, {}
     for component in COMPONENTS:
         group = [layer for layer in layers if layer.component == component]
         text = component != "unet"
         down, up = TEXT_ENDINGS if text else UNET_ENDINGS
+        endings = {"down": down, "up": up, "magnitude": "lora_magnitude_vector"}
+        if group:
+            group = peft_config.adapted(group)
         for layer in group:
-            tensors[f"{component}.{layer.path}.{down}.weight"] = layer.tensors["down"]
-            tensors[f"{component}.{layer.path}.{up}.weight"] = layer.tensors["up"]
+            for factor, tensor in layer.tensors.items():
+                if factor == "magnitude":
+                    tensor = as_peft_magnitude(tensor)
+                tensors[f"{component}.{layer.path}.{endings[factor]}.weight"] = tensor
         if group:
             own = [la.path.removeprefix("text_model.") if text else la.path for la in group]
             made = peft_config.make(group, own, context.paths.get(component, ()), either=text)
             header |= {f"{component}.{field}": value for field, value in made.items()}
-    _refuse_rest(layers)
     metadata = {"format": "pt"} | dict(context.metadata)
     metadata[HEADER] = json.dumps(header, indent=2, sort_keys=True)
     return {path: storage.to_bytes(tensors, metadata)}
@@ -123,6 +135,16 @@ def _refuse_rest(layers: list[Layer]) -> None:
         if layer.embedding:
             raise ValueError(
                 f"{layer.path} is an embedding layer, which diffusers does not load; save as peft"
+            )
+        if layer.algo != "lora":
+            raise ValueError(
+                f"{layer.path} is {layer.algo}, which diffusers' load_lora_weights does not load;"
+                " save as kohya or peft"
+            )
+        if layer.groups > 1:
+            raise ValueError(
+                f"{layer.path} has {layer.groups} groups, which diffusers does not load; save as"
+                " kohya or peft"
             )
 
 

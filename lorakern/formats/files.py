@@ -21,8 +21,9 @@ class Summary:
     """What an adapter file holds.
 
     format: "kohya", "diffusers", "peft", or None for keys of no known scheme.
-    algo: "lora", or the algorithms that this version does not load, joined by " and ".
-    components: component -> number of adapted layers; empty when algo is not "lora".
+    algo: "lora", "lokr with a Tucker core, DoRA" and the like, joined by " and "; or the
+        algorithms that this version does not load.
+    components: component -> number of adapted layers; empty when they cannot be loaded.
     ranks, alphas, dtypes: value -> number of layers (dtypes: of tensors).
     size: bytes of all tensors.
     metadata: the safetensors header's entries.
@@ -74,7 +75,7 @@ def inspect(path: str | Path) -> Summary:
     layers = [] if foreign else read_layers(stored)
     return Summary(
         format=next((f.name for f in FORMATS.values() if f.matches(stored[0])), None),
-        algo=" and ".join(dict.fromkeys(foreign)) or "lora",
+        algo=" and ".join(dict.fromkeys(foreign or sorted(la.kind for la in layers))),
         components=dict(Counter(la.component or "module" for la in layers)),
         ranks=dict(sorted(Counter(la.rank for la in layers).items())),
         alphas=dict(sorted(Counter(la.plain_alpha for la in layers).items())),

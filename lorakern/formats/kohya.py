@@ -1,10 +1,11 @@
-"""kohya sd-scripts: `lora_unet_<path with underscores>.lora_down.weight`, lora_up, alpha; `ss_*`.
+"""kohya sd-scripts and LyCORIS: `lora_unet_<path with underscores>.lora_down.weight`; `ss_*`.
 
-SD 1 and 2 use diffusers paths, SDXL LDM paths for the UNet and lora_te1_, lora_te2_. A layer
-without alpha has alpha = rank. Files of LyCORIS's plain LoRA (`lycoris_`) are of the same form.
+SD 1 and 2 use diffusers paths, SDXL LDM paths for the UNet and lora_te1_, lora_te2_; LyCORIS
+without a trainer calls every model `lycoris_`. A layer without alpha has alpha = rank.
 
-Written with one alpha a component, the commonest; where a layer's differs, `up` is multiplied by
-their ratio instead, because diffusers' reader of this format loses alphas that differ.
+Plain LoRA is written with one alpha a component, the commonest; where a layer's differs, `up` is
+multiplied by their ratio instead, because diffusers' reader of this format loses alphas that
+differ. LoKr of two whole factors has no scale in any reader of this format, so it is in C.
 """
 
 import collections
@@ -14,18 +15,22 @@ from pathlib import Path
 
 import torch
 
-from lorakern.formats import storage
+from lorakern.formats import algorithms, storage
 from lorakern.formats.base import Context, Layer, Stored, check_values, collect, define
 from lorakern.formats.names import canonical, flat, to_ldm
 
 PREFIXES = {
     "lora_unet_": "unet",
-    "lycoris_": "unet",
+    "lycoris_": None,
     "lora_te_": "text_encoder",
     "lora_te1_": "text_encoder",
     "lora_te2_": "text_encoder_2",
 }
-FACTORS = {"lora_down.weight": "down", "lora_up.weight": "up", "alpha": "alpha"}
+FACTORS = {
+    "lora_down.weight": "down", "lora_up.weight": "up", "lora_mid.weight": "core",
+    **algorithms.HADAMARD, **algorithms.KRONECKER, "dora_scale": "magnitude", "alpha": "alpha",
+}  # fmt: skip
+ENDINGS = {factor: ending for ending, factor in FACTORS.items()}
 # the base model, told by how wide the text embedding is that a UNet's cross-attention takes
 BASES = {768: "sd_v1", 1024: "sd_v2", 2048: "sdxl_base_v1-0"}
 
@@ -43,22 +48,28 @@ def read(stored: Stored) -> list[Layer]:
                 return component, path, FACTORS[factor]
         return None
 
-    return collect(stored, split, lambda component, path, rank: (float(rank), False))
+    def scale(component, path, rank):
+        return float(rank or 1), False, rank or 1
+
+    return collect(stored, split, scale, peft=False)
 
 
 def write(layers: list[Layer], path: Path, context: Context) -> dict[Path, bytes]:
     if path.suffix != ".safetensors":
         raise ValueError(f"want a path that ends in .safetensors for kohya, got {path}")
-    layers = _one_alpha(layers)
+    if all(layer.kind == "lora" for layer in layers):
+        layers = _one_alpha(layers)
     tensors: dict[str, torch.Tensor] = {}
     for layer in layers:
         path_there = to_ldm(layer.path, context.ldm) if layer.component == "unet" else layer.path
         name = _prefix(layer, context.sdxl) + flat(path_there)
         if f"{name}.alpha" in tensors:
             raise ValueError(f"two layers would both be called {name}; save as peft or diffusers")
-        tensors[f"{name}.lora_down.weight"] = layer.tensors["down"]
-        tensors[f"{name}.lora_up.weight"] = layer.tensors["up"]
-        tensors[f"{name}.alpha"] = torch.tensor(layer.plain_alpha)
+        if {"c", "d"} <= layer.tensors.keys():
+            layer = _with_alpha(layer, layer.rank)
+        for factor, tensor in algorithms.flip(layer.tensors).items():
+            tensors[f"{name}.{ENDINGS[factor]}"] = tensor
+        tensors[f"{name}.alpha"] = torch.tensor(float(layer.plain_alpha))
     metadata = _model_spec(layers, path) | dict(context.metadata) | _facts(layers)
     metadata |= storage.kohya_hashes(tensors, metadata)
     return {path: storage.to_bytes(tensors, metadata)}
@@ -69,18 +80,17 @@ def _one_alpha(layers: list[Layer]) -> list[Layer]:
     for layer in layers:
         alphas.setdefault(layer.component, []).append(layer.plain_alpha)
     common = {c: collections.Counter(values).most_common(1)[0][0] for c, values in alphas.items()}
-    evened = []
-    for layer in layers:
-        alpha = common[layer.component]
-        if layer.plain_alpha != alpha:
-            up = layer.tensors["up"]
-            up = (up.double() * (layer.plain_alpha / alpha)).to(up.dtype)
-            check_values(f"{layer.path}.up at alpha {alpha:g}", up)
-            layer = dataclasses.replace(
-                layer, tensors=layer.tensors | {"up": up}, alpha=alpha, rslora=False
-            )
-        evened.append(layer)
-    return evened
+    return [_with_alpha(layer, common[layer.component]) for layer in layers]
+
+
+def _with_alpha(layer: Layer, alpha: float) -> Layer:
+    """The same update, with this alpha and the rest of the scale in a factor."""
+    if layer.plain_alpha == alpha:
+        return layer
+    tensors = algorithms.rescaled(layer.tensors, layer.plain_alpha / alpha)
+    for factor, tensor in tensors.items():
+        check_values(f"{layer.path}.{factor} at alpha {alpha:g}", tensor)
+    return dataclasses.replace(layer, tensors=tensors, alpha=alpha, rslora=False)
 
 
 def _prefix(layer: Layer, sdxl: bool) -> str:
@@ -100,19 +110,34 @@ def _prefix(layer: Layer, sdxl: bool) -> str:
 
 def _facts(layers: list[Layer]) -> dict[str, str]:
     """The ss_ metadata that the layers themselves prove; kohya's names and spellings."""
-    wide = [la for la in layers if la.tensors["down"].shape[2:].numel() > 1]
-    narrow = [la for la in layers if la.tensors["down"].shape[2:].numel() == 1]
-    facts = {"ss_network_module": "networks.lora"}
+    wide = [la for la in layers if la.window > 1]
+    narrow = [la for la in layers if la.window == 1]
+    plain = all(layer.kind == "lora" for layer in layers)
+    facts = {"ss_network_module": "networks.lora" if plain else "lycoris.kohya"}
     rank, alpha = _common(narrow or wide)
     facts |= {"ss_network_dim": rank, "ss_network_alpha": alpha}
+    arguments = {} if plain else _lycoris_arguments(layers)
     if wide and narrow:
         conv_rank, conv_alpha = _common(wide)
-        arguments = {"conv_dim": conv_rank, "conv_alpha": conv_alpha}
+        arguments |= {"conv_dim": conv_rank, "conv_alpha": conv_alpha}
+    if arguments:
         facts["ss_network_args"] = json.dumps(arguments)
     base = base_of(layers)
     if base:
         facts |= {"ss_base_model_version": base, "ss_v2": str(base == "sd_v2")}
     return facts
+
+
+def _lycoris_arguments(layers: list[Layer]) -> dict[str, str]:
+    """What `lycoris.kohya` was asked for, or would have been; the commonest algorithm."""
+    algo = collections.Counter(layer.algo for layer in layers).most_common(1)[0][0]
+    arguments = {"algo": algo}
+    if any(algorithms.is_tucker(layer.tensors) for layer in layers):
+        arguments["use_tucker"] = "True"
+    dora = [layer for layer in layers if layer.dora]
+    if dora:
+        arguments |= {"dora_wd": "True", "wd_on_output": str(all(la.on_output for la in dora))}
+    return arguments
 
 
 def _common(layers: list[Layer]) -> tuple[str, str]:
@@ -128,7 +153,7 @@ def _common(layers: list[Layer]) -> tuple[str, str]:
 def base_of(layers: list[Layer]) -> str | None:
     """The family of the base model by its cross-attention's width; None when it is not one."""
     widths = {
-        layer.tensors["down"].shape[1]
+        algorithms.columns(layer.tensors)
         for layer in layers
         if layer.component == "unet" and layer.path.endswith(("attn2.to_k", "attn2.to_v"))
     }

@@ -12,7 +12,7 @@ from torch import nn
 from lorakern import adapters
 from lorakern.adapters import Adapter
 from lorakern.adapters.targets import layers_of
-from lorakern.formats import names, storage
+from lorakern.formats import algorithms, names, storage
 from lorakern.formats.base import (
     FORMATS,
     Context,
@@ -23,6 +23,8 @@ from lorakern.formats.base import (
 )
 from lorakern.formats.files import read_layers
 
+# what LyCORIS adds to DoRA's norm
+_LYCORIS_EPS = torch.finfo(torch.float32).eps
 # (component, the module's own path)
 Place = tuple[str, str]
 
@@ -56,19 +58,27 @@ def save(
         ValueError: an unknown format or name, no adapter, factors that are not finite (also after
             the cast to dtype), or a layer that the format cannot hold. Nothing is written then.
     """
+    storage.write(_files(model, path, format, name, metadata or {}, dtype))
+    return Path(path)
+
+
+def check(model, path: str | Path, format: str) -> None:
+    """Raises what `save` with these would, and writes nothing: for before a long training."""
+    _files(model, path, format, None, {}, None)
+
+
+def _files(model, path, format: str, name, metadata, dtype) -> dict[Path, bytes]:
     if format not in FORMATS:
         raise ValueError(f"no format {format!r}; there are {', '.join(sorted(FORMATS))}")
-    for key, value in (metadata or {}).items():
+    for key, value in metadata.items():
         if not isinstance(key, str) or not isinstance(value, str):
             raise ValueError(f"metadata is text to text, got {key!r}: {value!r}")
     modules = names.components(model)
     layers = [
-        _layer_of(component, path_in, adapter, dtype, format)
+        _layer_of(component, path_in, adapter, dtype)
         for component, path_in, adapter in _adapters_called(modules, name)
     ]
-    files = FORMATS[format].write(layers, Path(path), context_of(modules, metadata or {}))
-    storage.write(files)
-    return Path(path)
+    return FORMATS[format].write(layers, Path(path), context_of(modules, metadata))
 
 
 def load(
@@ -96,7 +106,7 @@ def load(
     Raises:
         FileNotFoundError: no such path.
         UnmatchedKeys: keys that fit no layer of the model, listed in the message and in `keys`.
-        ValueError: a broken file, an algorithm that is not plain LoRA, shapes that do not fit.
+        ValueError: a broken file, an algorithm that is not read, shapes that do not fit.
             The model is then as it was.
     """
     if not math.isfinite(multiplier):
@@ -120,9 +130,15 @@ def load(
         for where, layer in placed.items():
             adapter = made[where]
             for factor, tensor in layer.tensors.items():
-                getattr(adapter, factor).copy_(tensor)
-            adapter.rslora, adapter.alpha = layer.rslora, layer.alpha
-            adapter.multiplier = multiplier
+                own = getattr(adapter, factor)
+                own.copy_(tensor.reshape(own.shape))
+            if "scalar" in adapter.factors:
+                # a file has it in a factor
+                adapter.scalar.fill_(1)
+            if layer.algo == "lokr":
+                adapter.style = _style(layer)
+            adapter.rank, adapter.rslora = layer.rank, layer.rslora
+            adapter.alpha, adapter.multiplier = layer.alpha, multiplier
     bare = isinstance(model, nn.Module)
     return {at if bare else f"{component}.{at}": made[component, at] for component, at in placed}
 
@@ -153,27 +169,31 @@ def _adapters_called(
     return found
 
 
-def _layer_of(component: str, at: str, adapter: Adapter, dtype, format: str) -> Layer:
-    if adapter.algo != "lora":
-        raise ValueError(f"{at} is {adapter.algo}; {format} files hold lora here")
-    if adapter.kind == "conv2d" and adapter.root.groups > 1 and format != "kohya":
-        raise ValueError(
-            f"{at} has {adapter.root.groups} groups, and PEFT's factors for such a convolution have"
-            " other shapes; save as kohya"
-        )
-    tensors = {}
-    for factor in adapter.factors:
-        tensor = getattr(adapter, factor).detach()
+def _layer_of(component: str, at: str, adapter: Adapter, dtype) -> Layer:
+    algo, weight = _algo(adapter), adapter.root.weight
+    if algo is None:
+        raise ValueError(f"{at} is {adapter.algo}; files hold {', '.join(algorithms.WHOLE)}")
+    tensors, rank, alpha = adapter.exported()
+    if "magnitude" in tensors:
+        axis = 0 if adapter.dora.on_output else 1
+        shape = [-1 if dim == axis else 1 for dim in range(weight.ndim)]
+        tensors["magnitude"] = tensors["magnitude"].view(shape)
+    for factor, tensor in tensors.items():
         tensors[factor] = tensor.to(dtype) if dtype is not None else tensor
         check_values(f"{at}.{factor}", tensors[factor])
+    # LyCORIS has no scale here, whatever alpha says
+    whole = {"c", "d"} <= tensors.keys() and adapter.style == "lycoris"
     return Layer(
-        component,
-        names.canonical(component, at),
-        tensors,
-        float(adapter.alpha),
-        adapter.rslora,
-        adapter.kind == "embedding",
-    )
+        component, names.canonical(component, at), tensors,
+        rank=rank, alpha=float(rank if whole else alpha), rslora=adapter.rslora and not whole,
+        embedding=adapter.kind == "embedding", algo=algo, weight=weight.shape,
+        groups=getattr(adapter.root, "groups", 1),
+    )  # fmt: skip
+
+
+def _algo(adapter: Adapter) -> str | None:
+    """What files call it, None where they have no name: "dora" is "lora" with a magnitude."""
+    return algorithms.algo_of(set(adapter.factors) - {"magnitude", "scalar"})
 
 
 def _only(layers: list[Layer], components: Iterable[str], path: str | Path) -> list[Layer]:
@@ -199,10 +219,10 @@ def place(
             unmatched.append(layer)
             continue
         if len(hits) > 1:
-            raise ValueError(f"{path}: {layer.keys[0]} may be any of {', '.join(sorted(hits))}")
+            raise ValueError(f"{path}: {_a_key(layer)} may be any of {', '.join(sorted(hits))}")
         (at,) = hits
         if (component, at) in placed:
-            twice = (placed[component, at].keys[0], layer.keys[0])
+            twice = (_a_key(placed[component, at]), _a_key(layer))
             raise ValueError(f"{path} defines {at} twice: {' and '.join(twice)}")
         placed[component, at] = layer
         try:
@@ -221,7 +241,9 @@ def place(
 def _components_of(layers: list[Layer], spelled: Mapping[str, dict]) -> list[str]:
     """Each layer's component; one that the file leaves open is where most such layers fit."""
     fits = {
-        component: sum(la.path in known for la in layers if la.component is None)
+        component: sum(
+            names.canonical(component, la.path) in known for la in layers if la.component is None
+        )
         for component, known in spelled.items()
     }
     best = max(fits, key=fits.get)
@@ -234,30 +256,27 @@ def _unmatched(layers: list[Layer], total: int, modules, path) -> UnmatchedKeys:
     given = ", ".join(component or "the module" for component in modules)
     return UnmatchedKeys(
         f"{path}: {len(layers)} of {total} layers fit none of {given}{hint}, nothing was loaded",
-        [key for layer in layers for key in layer.keys],
+        [key for layer in layers for key in layer.keys.values()],
     )
 
 
 def _fit(layer: Layer, at: str, module: nn.Module) -> Layer:
     """The layer with factors in the module's shapes, or ValueError."""
     root = module.root if isinstance(module, Adapter) else module
-    rows, *rest = root.weight.shape
-    if layer.embedding or isinstance(root, nn.Embedding):
-        if not layer.embedding or not isinstance(root, nn.Embedding):
-            raise ValueError(f"{at} is a {type(root).__name__}, {layer.keys[0]} is not for one")
-        want = {"down": (layer.rank, rows), "up": (rest[0], layer.rank)}
-    else:
-        want = {"down": (layer.rank, *rest), "up": (rows, layer.rank, *(1 for _ in rest[1:]))}
-    tensors = {}
-    for factor, shape in want.items():
-        tensor = layer.tensors[factor]
-        # a 1 x 1 convolution and a linear layer have the same factors, flat or not
-        if tensor.shape[:2] == shape[:2] and tensor.numel() == torch.Size(shape).numel():
-            tensor = tensor.reshape(shape)
-        if tensor.shape != shape:
-            raise ValueError(f"{at}.{factor} want {list(shape)}, got {list(tensor.shape)}")
-        tensors[factor] = tensor
-    return dataclasses.replace(layer, tensors=tensors)
+    if layer.embedding != isinstance(root, nn.Embedding):
+        raise ValueError(f"{at} is a {type(root).__name__}, {_a_key(layer)} is not for one")
+    if layer.embedding and layer.dora:
+        raise ValueError(f"{at} is an Embedding, and DoRA on one is not read")
+    weight, groups = root.weight.shape, getattr(root, "groups", 1)
+    if layer.groups not in (1, groups):
+        raise ValueError(f"{at} has {groups} groups, {_a_key(layer)} is for {layer.groups}")
+    called = {factor: f"{at}.{factor}" for factor in layer.tensors} | dict(layer.keys)
+    tensors = algorithms.fit(layer.tensors, layer.rank, weight, layer.embedding, called)
+    return dataclasses.replace(layer, tensors=tensors, weight=weight, groups=groups)
+
+
+def _a_key(layer: Layer) -> str:
+    return next(iter(layer.keys.values()))
 
 
 def _check_same(
@@ -273,13 +292,47 @@ def _check_same(
         )
     for (_, at), adapter in found.items():
         layer = placed[_, at]
-        if (adapter.algo, adapter.rank) != (layer.algo, layer.rank):
+        if _algo(adapter) != layer.algo or _shapes(adapter) != _flat_shapes(layer):
             raise ValueError(
                 f"{at} has {adapter.algo} {name!r} of rank {adapter.rank},"
-                f" {path} {layer.algo} of rank {layer.rank}; give another name"
+                f" {path} {layer.kind} of rank {layer.rank}; give another name"
             )
         if adapter.merged:
             raise ValueError(f"{at} is merged; unmerge the model before loading into it")
+
+
+def _shapes(adapter: Adapter) -> dict[str, object]:
+    shapes = {f: getattr(adapter, f).shape for f in adapter.factors if f != "scalar"}
+    return shapes | {"on output": adapter.dora.on_output} if "magnitude" in shapes else shapes
+
+
+def _flat_shapes(layer: Layer) -> dict[str, object]:
+    """As `_shapes` has them of an adapter made for this layer."""
+    shapes: dict[str, object] = {f: t.shape for f, t in layer.tensors.items()}
+    if layer.dora:
+        numbers = torch.Size([layer.tensors["magnitude"].numel()])
+        shapes |= {"magnitude": numbers, "on output": layer.on_output}
+    return shapes
+
+
+def _options(layer: Layer) -> dict[str, object]:
+    """What an adapter of these factors is made with, beside rank and alpha."""
+    options: dict[str, object] = {}
+    if layer.algo == "lokr":
+        options["shapes"] = {f: t.shape for f, t in layer.tensors.items() if f != "magnitude"}
+        options["style"] = _style(layer)
+    elif algorithms.is_tucker(layer.tensors):
+        options["tucker"] = True
+    if layer.dora:
+        options |= {
+            "dora": True, "wd_on_output": layer.on_output,
+            "detach_norm": layer.peft, "norm_eps": 0.0 if layer.peft else _LYCORIS_EPS,
+        }  # fmt: skip
+    return options
+
+
+def _style(layer: Layer) -> str:
+    return "peft" if layer.peft else "lycoris"
 
 
 def _attach(
@@ -292,6 +345,7 @@ def _attach(
             made[component, at] = adapters.attach(
                 modules[component], at, layer.algo,
                 rank=layer.rank, alpha=layer.alpha, name=name, rslora=layer.rslora,
+                **_options(layer),
             )  # fmt: skip
     except BaseException:
         for component in {component for component, _ in made}:

@@ -70,3 +70,9 @@ def only_cpu(first: Tensor, *_) -> str | None:
     """Why a C++ kernel for CPUs does not run on these arguments; None when it does."""
     on = first.device.type
     return None if on == "cpu" else f"the tensors are on {on}; this kernel is for cpu"
+
+
+def only_cuda(first: Tensor, *_) -> str | None:
+    """Why a CUDA kernel does not run on these arguments; None when it does."""
+    on = first.device.type
+    return None if on == "cuda" else f"the tensors are on {on}; this kernel is for cuda"

@@ -211,7 +211,7 @@ def test_a_layer_that_does_not_fit_is_refused(layer, says):
         ({"name": "a.b"}, r"no dot, got 'a\.b'"),
         ({"name": ""}, "no dot, got ''"),
         ({"dropout": 1.0}, r"probability from 0 to below 1, got 1\.0"),
-        ({"dropout_mode": "all"}, "dropout_mode is peft or kohya, got 'all'"),
+        ({"dropout_mode": "all"}, "dropout_mode is peft or kohya or lycoris or bypass, got 'all'"),
         ({"algo": "lore"}, "no adapter 'lore'; there are .*lora"),
         ({"targets": "attention"}, r"'attention' match none of the 8 layers.*0\.proj_in.*\.\.\."),
         ({"targets": []}, r"\[\] match none"),
@@ -239,7 +239,7 @@ def test_more_mistakes():
             call(model)
     with pytest.raises(ValueError, match=r"want an nn\.Module, as pipe\.unet, got a dict"):
         inject({"unet": model})
-    with pytest.raises(TypeError, match="rslra"):
+    with pytest.raises(ValueError, match="lora has no option rslra; it has tucker"):
         inject(model, rslra=True)
     with pytest.raises(ValueError, match=r"has no layer '0\.attn2'"):
         attach(model, "0.attn2")

@@ -12,7 +12,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from lorakern.adapters import attach, inject, layers, merge, set_multiplier
-from lorakern.adapters.dropout import mask
+from lorakern.adapters.masks import mask
 from lorakern.testing import lost_share
 
 

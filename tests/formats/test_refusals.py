@@ -92,10 +92,6 @@ def test_a_component_that_was_not_given_is_named(tmp_path):
 
 
 FOREIGN = {
-    "DoRA": {"lora_down.weight": (2, 16), "lora_up.weight": (16, 2), "dora_scale": (16, 1)},
-    "LoHa": {f"hada_{w}": (4, 4) for w in ("w1_a", "w1_b", "w2_a", "w2_b")},
-    "LoKr": {"lokr_w1": (4, 4), "lokr_w2": (4, 4)},
-    "Tucker": {"lora_down.weight": (2, 16, 1, 1), "lora_mid.weight": (2, 2, 3, 3)},
     "OFT": {"oft_blocks": (4, 4, 4)},
     "GLoRA": {"a1.weight": (16, 2), "b1.weight": (16, 2)},
     "IA3": {"weight": (16,), "on_input": ()},
@@ -109,7 +105,7 @@ def test_other_algorithms_are_named(good, algo):
     path, tensors = good
     more = {f"lora_unet_conv_in.{k}": torch.ones(shape) for k, shape in FOREIGN[algo].items()}
     write(path, tensors | more)
-    refuse(path, f"holds .*{algo}.*plain LoRA only, and nothing was loaded")
+    refuse(path, f"holds .*{algo}.*loads lora, loha, lokr only, and nothing was loaded")
     found = lorakern.formats.inspect(path)
     assert algo in found.algo and found.format == "kohya" and found.components == {}
 
@@ -117,8 +113,10 @@ def test_other_algorithms_are_named(good, algo):
 @pytest.mark.parametrize(
     "change, match",
     [
-        ({"peft_type": "LOHA"}, "PEFT type LOHA"),
-        ({"use_dora": True}, "use_dora: DoRA"),
+        ({"peft_type": "VERA"}, "PEFT type VERA; this version loads LORA, LOHA, LOKR"),
+        ({"peft_type": "LOHA", "alpha": 2}, "is of LOHA, and conv holds lora"),
+        ({"use_dora": True}, "use_dora is True, and conv has no magnitude"),
+        ({"use_qalora": True}, "use_qalora: QALoRA, which this version does not load"),
         ({"init_lora_weights": "pissa_niter_4"}, "also changed the base weights"),
         ({"r": "many"}, "r is not a number"),
         ({"r": 3}, "rank 3 for conv in the config, 2 in its tensors"),
@@ -130,7 +128,7 @@ def test_other_algorithms_are_named(good, algo):
         (None, "is not JSON"),
     ],
 )
-def test_peft_configs_that_are_not_plain_lora(tmp_path, change, match):
+def test_peft_configs_that_do_not_fit(tmp_path, change, match):
     net = Net()
     lorakern.inject(net, targets=["conv"], rank=2)
     lorakern.save(net, tmp_path, "peft")
@@ -191,6 +189,93 @@ def test_spoilt_tensors(good, spoil, match):
     spoil(tensors)
     write(path, tensors)
     refuse(path, match)
+
+
+LOHA = {"hada_w1_a": (16, 2), "hada_w1_b": (2, 36), "hada_w2_a": (16, 2), "hada_w2_b": (2, 36)}
+LOKR = {"lokr_w1": (4, 2), "lokr_w2_a": (4, 2), "lokr_w2_b": (2, 18)}
+CORE = {"lokr_w1": (4, 2), "lokr_w2_a": (2, 4), "lokr_w2_b": (2, 2), "lokr_t2": (2, 2, 3, 3)}
+LORA = {"lora_down.weight": (2, 4, 3, 3), "lora_up.weight": (16, 2, 1, 1)}
+
+
+@pytest.mark.parametrize(
+    "whole, change, match",
+    [
+        (LOHA, {"hada_w2_b": None}, "3 of 3 keys make no whole layer.*conv_in.hada_w1_a"),
+        (LOHA, {"hada_t1": (2, 2, 3, 3)}, "5 of 5 keys make no whole layer.*conv_in.hada_t1"),
+        (LOHA, {"lokr_w1": (4, 2)}, "5 of 5 keys make no whole layer"),
+        (LOHA, {"hada_w2_a": (16, 3)}, r"hada_w2_a \[16, 3\].* share no rank of at least 1"),
+        (LOHA, {"hada_w1_a": (16, 0), "hada_w1_b": (0, 36), "hada_w2_a": (16, 0),
+                "hada_w2_b": (0, 36)}, r"hada_w1_a \[16, 0\].* share no rank"),
+        (LOHA, {"hada_w1_b": (2, 35)}, r"conv_in.hada_w1_b want \[2, 36\], got \[2, 35\]"),
+        (LOHA, {"hada_w1_b": (2, 4)}, r"conv_in.hada_w1_b want \[2, 36\], got \[2, 4\]"),
+        (LOKR, {"lokr_w2_a": None}, "2 of 2 keys make no whole layer.*lokr_w1, .*lokr_w2_b"),
+        (LOKR, {"lokr_t1": (2, 2, 3, 3)}, "1 of 4 keys make no whole layer.*lokr_t1"),
+        (LOKR, {"lokr_w1_a": (4, 2)}, "4 of 4 keys make no whole layer"),
+        (LOKR, {"lokr_w1": None, "lokr_w1_a": (4, 1), "lokr_w1_b": (1, 2)}, "share no rank"),
+        (LOKR, {"lokr_w1": (8, 2)}, r"lokr_w1 \[8, 2\], .*lokr_w2_b \[2, 18\] multiply to 32"
+                                    r" rows and 36 columns, and the weight is \[16, 4, 3, 3\]"),
+        (LOKR, {"lokr_w1": (4, 3), "lokr_w2_b": (2, 12)}, r"the weight is \[16, 4, 3, 3\]"),
+        (CORE, {"lokr_t2": (2, 2, 3, 1)}, r"lokr_t2 want \[2, 2, 3, 3\], got \[2, 2, 3, 1\]"),
+        (CORE, {"lokr_t2": (2, 3, 3, 3)}, "share no rank"),
+        (CORE, {"lokr_t2": (2, 2)}, r"want a core .* got .*lokr_t2 \[2, 2\]"),
+        (LORA, {"lora_mid.weight": (2, 2, 3, 3)},
+         r"a down \[R, I\] beside it, got .*lora_down.weight \[2, 4, 3, 3\]"),
+        (LORA, {"dora_scale": (15, 1, 1, 1)},
+         r"dora_scale want \[16, 1, 1, 1\] or \[1, 4, 1, 1\], got \[15, 1, 1, 1\]"),
+        (LORA, {"dora_scale": (1, 5, 1, 1)}, r"or \[1, 4, 1, 1\], got \[1, 5, 1, 1\]"),
+        ({}, {"dora_scale": (16, 1, 1, 1)}, "1 of 1 keys make no whole layer"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)  # fmt: skip
+def test_factors_that_contradict_are_named(tmp_path, whole, change, match):
+    shapes = {end: shape for end, shape in (whole | change).items() if shape is not None}
+    path = tmp_path / "a.safetensors"
+    write(path, {f"lora_unet_conv_in.{end}": torch.ones(shape) for end, shape in shapes.items()})
+    refuse(path, match)
+    if whole:
+        # and without the change it loads
+        write(path, {f"lora_unet_conv_in.{end}": torch.ones(s) for end, s in whole.items()})
+        assert lorakern.load(make_unet(), path).keys() == {"conv_in"}
+
+
+@pytest.mark.parametrize("algo", ["loha", "lokr"])
+def test_spoilt_numbers_of_other_algorithms(tmp_path, algo):
+    unet = make_unet()
+    lorakern.inject(unet, algo, rank=1, dora=True, targets=["conv_in"])
+    path = lorakern.save(unet, tmp_path / "a.safetensors")
+    whole = safetensors.torch.load_file(path)
+    for key in whole:
+        spoilt = {k: t.clone() for k, t in whole.items()}
+        spoilt[key].view(-1)[0] = torch.nan
+        write(path, spoilt)
+        finite = "is not one finite number" if key.endswith("alpha") else "values are not finite"
+        refuse(path, f"{key}.*{finite}")
+    write(path, whole | {"lora_unet_conv_in.alpha": torch.tensor(0.0)})
+    refuse(path, "alpha of conv_in is 0")
+
+
+def test_dora_on_an_embedding_is_refused(tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["words"], use_dora=True)
+    peft.get_peft_model(Net(), config).save_pretrained(tmp_path)
+    refuse(tmp_path, "words is an Embedding, and DoRA on one is not read", Net())
+
+
+def test_adapters_that_are_there_must_have_the_same_factors(tmp_path):
+    path = tmp_path / "a.safetensors"
+    for algo, there, file in (
+        ("lokr", {}, {"full_matrix": True}),
+        ("lokr", {}, {"unbalanced_factorization": True}),
+        ("loha", {}, {"tucker": True}),
+        ("lora", {}, {"dora": True}),
+        ("lora", {"dora": True}, {"dora": True, "wd_on_output": False}),
+    ):
+        unet, other = make_unet(), make_unet()
+        lorakern.inject(unet, algo, rank=1, targets=["conv1"], **file)
+        lorakern.save(unet, path)
+        lorakern.inject(other, algo, rank=1, targets=["conv1"], **there)
+        with pytest.raises(ValueError, match=f"has {algo} .* give another name"):
+            lorakern.load(other, path)
 
 
 def test_one_layer_under_two_names_is_refused(tmp_path):

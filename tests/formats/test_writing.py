@@ -227,16 +227,6 @@ def test_save_refuses(tmp_path):
     lorakern.save({"unet": net}, path, name="second")
 
 
-def test_grouped_convolution_is_kept_by_kohya_and_refused_by_peft(tmp_path):
-    net = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2))
-    lorakern.inject(net, targets="full", rank=2)
-    with pytest.raises(ValueError, match="has 2 groups"):
-        lorakern.save(net, tmp_path / "p", "peft")
-    path = lorakern.save({"unet": net}, tmp_path / "a.safetensors")
-    fresh = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2))
-    assert lorakern.load({"unet": fresh}, path)["unet.0"].down.shape == (2, 2, 3, 3)
-
-
 def test_an_older_peft_adapter_in_the_folder_is_not_mixed_in(tmp_path):
     pipeline = adapted()
     lorakern.save(pipeline, tmp_path, "peft")

@@ -128,8 +128,14 @@ def randomise(module: nn.Module, scale: float = 0.1) -> None:
     made = torch.Generator().manual_seed(3)
     for stack in lorakern.adapters.find(module).values():
         for adapter in stack:
-            for factor in (adapter.down, adapter.up):
-                factor.data.copy_(scale * torch.randn(factor.shape, generator=made))
+            for name in adapter.factors:
+                factor = getattr(adapter, name).data
+                noise = torch.randn(factor.shape, generator=made)
+                if name == "magnitude":
+                    # of the weight's own size, which it multiplies
+                    factor.mul_(1 + 0.2 * noise.tanh())
+                else:
+                    factor.copy_(torch.tensor(1.5) if name == "scalar" else scale * noise)
 
 
 @functools.cache
@@ -151,6 +157,13 @@ def assert_same(got: dict, want: dict, sdxl: bool = False) -> None:
 def write(path, tensors: dict, metadata: dict | None = None) -> None:
     """A safetensors file as given, for the files that `save` would not write."""
     safetensors.torch.save_file({k: t.contiguous() for k, t in tensors.items()}, path, metadata)
+
+
+@torch.no_grad()
+def unet_answer(unet) -> torch.Tensor:
+    made = torch.Generator().manual_seed(8)
+    x, text = torch.randn(1, 4, 8, 8, generator=made), torch.randn(1, 3, 24, generator=made)
+    return unet(x, 3, text).sample
 
 
 class Net(nn.Module):

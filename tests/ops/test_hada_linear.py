@@ -9,6 +9,7 @@ from linear_ops import check_compiles_once, check_needs, check_saves_only_inputs
 from linear_ops import lost_shares as lost_in
 
 from lorakern.functional import hada_linear
+from lorakern.ops.check import wide
 from lorakern.ops.hada_linear import reference
 from lorakern.testing import DTYPES, check_backward_formula, check_every_kernel
 
@@ -46,14 +47,15 @@ def inputs(shape, dtype, device="cpu", bias=True, scale=0.7, gain=False):
         make(second, columns).requires_grad_(),
         make(out, second, std=second**-0.5).requires_grad_(),
         scale,
-        (1 + make(out, std=0.2)).requires_grad_() if gain else None,
+        (1 + make(out, std=0.2)).to(wide(dtype)).requires_grad_() if gain else None,
     )
 
 
 def backward_inputs(args, needs=(True,) * 6):
     x, weight, _, *factors, scale, gain = detached(args)
     y = reference.hada_linear_fwd(x, weight, None, *factors, scale, gain)
-    return torch.randn_like(y), x, weight, *factors, scale, gain, list(needs)
+    needs = [*needs[:5], needs[5] and gain is not None]
+    return torch.randn_like(y), x, weight, *factors, scale, gain, needs
 
 
 @dtypes
@@ -125,6 +127,7 @@ WRONG = {
     r"want down2 \[3, 10\], got \[3, 9\]": lambda a: [*a[:5], torch.zeros(3, 9), *a[6:]],
     r"want down1 as a matrix, got \[2, 10, 1\]": lambda a: [*a[:3], a[3][..., None], *a[4:]],
     "mixed dtypes: x torch.float16": lambda a: [a[0].half(), *a[1:]],
+    "want gain in torch.float32": lambda a: [*a[:8], torch.zeros(14).half()],
     "mixed devices": lambda a: [a[0], a[1].to("meta"), *a[2:]],
     r"want gain \[14\], got \[1, 14\]": lambda a: [*a[:8], torch.zeros(1, 14)],
     "weight and bias are frozen": lambda a: [a[0], a[1].requires_grad_(), *a[2:]],

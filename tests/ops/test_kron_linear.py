@@ -9,6 +9,7 @@ from linear_ops import check_compiles_once, check_needs, check_saves_only_inputs
 from linear_ops import lost_shares as lost_in
 
 from lorakern.functional import kron_linear
+from lorakern.ops.check import wide
 from lorakern.ops.kron_linear import reference
 from lorakern.testing import DTYPES, check_backward_formula, check_every_kernel
 
@@ -24,6 +25,7 @@ SHAPES = [
     ((5, 2, 7), (40, 2), (1, 4), 1, None),
     ((3, 43), (3, 33), (11, 1), None, None),
     ((300,), (17, 34), (10, 20), None, 4),
+    ((70,), (2, 3), (52, 61), None, 3),
     ((9, 4), (2, 20), (12, 40), None, None),
 ]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=name)
@@ -51,14 +53,15 @@ def inputs(shape, dtype, device="cpu", bias=True, scale=0.7, gain=False):
         *factor(*c, c_rank),
         *factor(*d, d_rank),
         scale,
-        (1 + make(out, std=0.2)).requires_grad_() if gain else None,
+        (1 + make(out, std=0.2)).to(wide(dtype)).requires_grad_() if gain else None,
     )
 
 
 def backward_inputs(args, needs=(True,) * 6):
     x, weight, _, *factors, scale, gain = detached(args)
     y = reference.kron_linear_fwd(x, weight, None, *factors, scale, gain)
-    return torch.randn_like(y), x, weight, *factors, scale, gain, list(needs)
+    needs = [*needs[:5], needs[5] and gain is not None]
+    return torch.randn_like(y), x, weight, *factors, scale, gain, needs
 
 
 def trained_of(args):
@@ -143,6 +146,7 @@ WRONG = {
     ],
     r"want c_up as a matrix, got \[2, 5, 1\]": lambda a: [*a[:3], a[3][..., None], *a[4:]],
     "mixed dtypes: x torch.float16": lambda a: [a[0].half(), *a[1:]],
+    "want gain in torch.float32": lambda a: [*a[:8], torch.zeros(14).half()],
     "mixed devices": lambda a: [a[0], a[1].to("meta"), *a[2:]],
     r"want gain \[14\], got \[1, 14\]": lambda a: [*a[:8], torch.zeros(1, 14)],
     "weight and bias are frozen": lambda a: [a[0], a[1].requires_grad_(), *a[2:]],

@@ -7,12 +7,20 @@ from lorakern import backend
 from lorakern.backend import Kernel
 from lorakern.ops import check
 from lorakern.ops.hada_delta import reference
+from lorakern.ops.lora_linear import triton_tables as tables
+
+
+def _refuse_triton(down1, up1, down2, *_) -> str | None:
+    return tables.refuse(down1, down1.shape[0], down2.shape[0])
+
 
 _fwd = backend.define(
     "hada_delta_fwd",
     "(Tensor down1, Tensor up1, Tensor down2, Tensor up2, Tensor scale) -> Tensor",
     reference.hada_delta_fwd,
     cpp=Kernel("native:hada_delta_fwd_cpu", check.only_cpu),
+    triton=Kernel("lorakern.ops.hada_delta.triton_kernel:hada_delta_fwd", _refuse_triton),
+    cuda=Kernel("native:hada_delta_fwd_cuda", check.only_cuda),
 )
 _bwd = backend.define(
     "hada_delta_bwd",
@@ -20,6 +28,11 @@ _bwd = backend.define(
     " bool[4] needs) -> (Tensor ddown1, Tensor dup1, Tensor ddown2, Tensor dup2)",
     reference.hada_delta_bwd,
     cpp=Kernel("native:hada_delta_bwd_cpu", check.only_cpu),
+    triton=Kernel(
+        "lorakern.ops.hada_delta.triton_kernel:hada_delta_bwd",
+        lambda ddelta, *args: _refuse_triton(*args),
+    ),
+    cuda=Kernel("native:hada_delta_bwd_cuda", check.only_cuda),
 )
 
 

@@ -7,6 +7,16 @@ from lorakern import backend
 from lorakern.backend import Kernel
 from lorakern.ops import check
 from lorakern.ops.hada_linear import reference
+from lorakern.ops.lora_linear import triton_tables as tables
+
+
+def _refuse_triton(x, weight, bias, down1, up1, down2, *_) -> str | None:
+    return tables.refuse(x, down1.shape[0], down2.shape[0])
+
+
+def _refuse_triton_bwd(dy, x, weight, *factors_and_rest) -> str | None:
+    return _refuse_triton(x, weight, None, *factors_and_rest)
+
 
 _fwd = backend.define(
     "hada_linear_fwd",
@@ -14,6 +24,7 @@ _fwd = backend.define(
     " Tensor scale, Tensor? gain) -> Tensor",
     reference.hada_linear_fwd,
     cpp=Kernel("native:hada_linear_fwd_cpu", check.only_cpu),
+    triton=Kernel("lorakern.ops.hada_linear.triton_kernel:hada_linear_fwd", _refuse_triton),
 )
 _bwd = backend.define(
     "hada_linear_bwd",
@@ -22,6 +33,7 @@ _bwd = backend.define(
     " -> (Tensor dx, Tensor ddown1, Tensor dup1, Tensor ddown2, Tensor dup2, Tensor dgain)",
     reference.hada_linear_bwd,
     cpp=Kernel("native:hada_linear_bwd_cpu", check.only_cpu),
+    triton=Kernel("lorakern.ops.hada_linear.triton_bwd:hada_linear_bwd", _refuse_triton_bwd),
 )
 
 

@@ -7,18 +7,31 @@ from lorakern import backend
 from lorakern.backend import Kernel
 from lorakern.ops import check
 from lorakern.ops.kron_delta import reference
+from lorakern.ops.lora_linear import triton_tables as tables
+
+
+def _refuse_triton(c, *_) -> str | None:
+    return tables.refuse(c)
+
 
 _fwd = backend.define(
     "kron_delta_fwd",
     "(Tensor c, Tensor d, Tensor scale) -> Tensor",
     reference.kron_delta_fwd,
     cpp=Kernel("native:kron_delta_fwd_cpu", check.only_cpu),
+    triton=Kernel("lorakern.ops.kron_delta.triton_kernel:kron_delta_fwd", _refuse_triton),
+    cuda=Kernel("native:kron_delta_fwd_cuda", check.only_cuda),
 )
 _bwd = backend.define(
     "kron_delta_bwd",
     "(Tensor ddelta, Tensor c, Tensor d, Tensor scale, bool[2] needs) -> (Tensor dc, Tensor dd)",
     reference.kron_delta_bwd,
     cpp=Kernel("native:kron_delta_bwd_cpu", check.only_cpu),
+    triton=Kernel(
+        "lorakern.ops.kron_delta.triton_kernel:kron_delta_bwd",
+        lambda ddelta, *args: _refuse_triton(*args),
+    ),
+    cuda=Kernel("native:kron_delta_bwd_cuda", check.only_cuda),
 )
 
 

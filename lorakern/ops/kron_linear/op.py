@@ -7,6 +7,25 @@ from lorakern import backend
 from lorakern.backend import Kernel
 from lorakern.ops import check
 from lorakern.ops.kron_linear import reference
+from lorakern.ops.lora_linear import triton_tables as tables
+
+
+def _refuse_triton(x, *_) -> str | None:
+    return tables.refuse(x)
+
+
+def _refuse_cuda(dy, x, *rest) -> str | None:
+    need_dx, *need_factors, need_dgain = rest[-1]
+    if not x.is_cuda:
+        return f"x is on {x.device.type}; this kernel is for cuda"
+    if need_dgain:
+        return "dgain needs the forward product, which this kernel does not make"
+    if need_dx and x.dtype in (torch.float16, torch.bfloat16):
+        return f"dx is two products added in {x.dtype}, rounded in between; it must not be needed"
+    if not any(need_factors):
+        return "no factor needs a gradient; this kernel is for theirs"
+    return None
+
 
 _fwd = backend.define(
     "kron_linear_fwd",
@@ -14,6 +33,7 @@ _fwd = backend.define(
     " Tensor? d_down, Tensor scale, Tensor? gain) -> Tensor",
     reference.kron_linear_fwd,
     cpp=Kernel("native:kron_linear_fwd_cpu", check.only_cpu),
+    triton=Kernel("lorakern.ops.kron_linear.triton_kernel:kron_linear_fwd", _refuse_triton),
 )
 _bwd = backend.define(
     "kron_linear_bwd",
@@ -22,6 +42,8 @@ _bwd = backend.define(
     " -> (Tensor dx, Tensor dc_up, Tensor dc_down, Tensor dd_up, Tensor dd_down, Tensor dgain)",
     reference.kron_linear_bwd,
     cpp=Kernel("native:kron_linear_bwd_cpu", check.only_cpu),
+    triton=Kernel("lorakern.ops.kron_linear.triton_bwd:kron_linear_bwd", _refuse_triton),
+    cuda=Kernel("native:kron_linear_bwd_cuda", _refuse_cuda),
 )
 
 

@@ -1,8 +1,7 @@
 """Spec of kron_linear: y = g·(x Wᵀ + s·x (C ⊗ D)ᵀ) + b, with the Kronecker product never made.
 
 LoKr of LyCORIS, arXiv:2309.14859. Each of C and D is whole (its up alone, down is None) or low
-rank, up down. The gain g of a row of W + ΔW is DoRA's (arXiv:2402.09353), in float32
-beside 16-bit tensors; None is 1.
+rank, up down. The gain g of a row is DoRA's (arXiv:2402.09353), float32 beside 16-bit; None is 1.
 Dims: M rows of x (every leading dim), C [A, B], D [P, Q], O = A·P out_features, I = B·Q
 in_features, R and S the ranks of C and D.
 """

@@ -7,12 +7,19 @@ from lorakern import backend
 from lorakern.backend import Kernel
 from lorakern.ops import check
 from lorakern.ops.lora_delta import reference
+from lorakern.ops.lora_linear import triton_tables as tables
+
+
+def _refuse_triton(down, up, *_) -> str | None:
+    return tables.refuse(down, down.shape[0])
+
 
 _fwd = backend.define(
     "lora_delta_fwd",
     "(Tensor down, Tensor up, Tensor scale) -> Tensor",
     reference.lora_delta_fwd,
     cpp=Kernel("native:lora_delta_fwd_cpu", check.only_cpu),
+    triton=Kernel("lorakern.ops.lora_delta.triton_kernel:lora_delta_fwd", _refuse_triton),
 )
 _bwd = backend.define(
     "lora_delta_bwd",
@@ -20,6 +27,10 @@ _bwd = backend.define(
     " -> (Tensor ddown, Tensor dup)",
     reference.lora_delta_bwd,
     cpp=Kernel("native:lora_delta_bwd_cpu", check.only_cpu),
+    triton=Kernel(
+        "lorakern.ops.lora_delta.triton_kernel:lora_delta_bwd",
+        lambda ddelta, *args: _refuse_triton(*args),
+    ),
 )
 
 

@@ -38,7 +38,8 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, down, up, gain, scale):
         y, h = _fwd(x, weight, bias, down, up, scale, gain)
-        # h is [M, R]: keeping it costs R/I of x and saves one pass over x in backward
+        # h [M, R] saves a pass over x; a frozen down asks x for no more than its shape
+        x = x if down.requires_grad or gain is not None else None
         ctx.save_for_backward(x, h, weight, down, up, gain)
         ctx.scale = scale
         return y
@@ -46,11 +47,12 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        *tensors, gain = ctx.saved_tensors
+        x, h, weight, down, up, gain = ctx.saved_tensors
+        x = dy.new_empty(*dy.shape[:-1], weight.shape[1]) if x is None else x
         needs = [ctx.needs_input_grad[i] for i in (0, 3, 4, 5)]
-        grads = _bwd(dy.contiguous(), *tensors, ctx.scale, gain, needs)
-        dx, *dfactors = (g if need else None for g, need in zip(grads, needs, strict=True))
-        return dx, None, None, *dfactors, None
+        grads = _bwd(dy.contiguous(), x, h, weight, down, up, ctx.scale, gain, needs)
+        dx, *rest = (g if need else None for g, need in zip(grads, needs, strict=True))
+        return dx, None, None, *rest, None
 
 
 # by dtype of a CPU tensor: the native function that is both directions of cpp, or False where
@@ -85,8 +87,7 @@ def lora_linear(
         up: [O, R], trained.
         scale: alpha / rank, times the user's multiplier; no unit. Under torch.compile a 0-dim
             CPU tensor, so that a change of its value recompiles nothing.
-        gain: [O] or None for 1, trained: DoRA's magnitude over the row norm of W + ΔW; no unit.
-            Beside 16-bit tensors in float32, or one near 1 were lost.
+        gain: [O] or None for 1, trained: DoRA's magnitude over a row's norm; float32 beside 16-bit.
 
     Returns:
         [..., O], contiguous, in x's dtype.
@@ -112,8 +113,7 @@ def lora_linear(
         check.frozen_linear(x, weight, bias, gain, down=down, up=up)
         check.shapes(down=(down, [rank, in_features]), up=(up, [out_features, rank]))
     if x.is_cpu and not isinstance(scale, Tensor) and not torch.compiler.is_compiling():
-        whole = _whole.get(x.dtype)
-        if whole is None:
+        if (whole := _whole.get(x.dtype)) is None:
             whole = _whole[x.dtype] = _find_whole(x, weight, bias, down, up, scale, gain)
         if whole:
             return whole(x.contiguous(), weight, bias, down, up, scale, gain)

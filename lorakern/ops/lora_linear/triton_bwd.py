@@ -1,16 +1,18 @@
 """Backward of lora_linear in Triton. Spec: lorakern/ops/lora_linear/reference.py
 
-dy is read once for dh = dy up and the partial sums of dup = s·dyᵀ h, and once more by the GEMM that
-makes dx = dy W + s·dh down in one float32 accumulator. Sums over rows are cut into slices that are
-added up in a fixed order by a second stage: no atomics, the same bits every time.
+dy is read once for dh = (g·dy) up and the partial sums of dup = s·g·dyᵀ h, and once more by the
+GEMM that makes dx = (g·dy) W + s·dh down in one float32 accumulator. Sums over rows are cut into
+slices that are added up in a fixed order by a second stage: no atomics, the same bits every time.
 """
+
+from itertools import zip_longest
 
 import torch
 import triton
 import triton.language as tl
 
 from lorakern.ops.lora_linear import triton_tables as tables
-from lorakern.ops.lora_linear.triton_kernel import add_low_rank, on, shrink
+from lorakern.ops.lora_linear.triton_kernel import add, on, shrink
 from lorakern.ops.lora_linear.triton_tables import cdiv
 
 
@@ -78,16 +80,21 @@ def _sum_slices_kernel(
 
 def lora_linear_bwd(dy, x, h, weight, down, up, scale, gain, needs):
     dy, x, h, weight, down, up = (t.contiguous() for t in (dy, x, h, weight, down, up))
-    need_dx, need_ddown, need_dup, _ = needs
+    need_dx, need_ddown, need_dup, need_dgain = needs
     M, (N, R) = x.shape[:-1].numel(), up.shape
-    dx, ddown, dup = (
-        like.new_empty(like.shape if need else 0)
-        for like, need in zip((x, down, up), needs[:3], strict=True)
+    dx, ddown, dup, dgain = (
+        x.new_empty(shape if need else 0)
+        for shape, need in zip((x.shape, down.shape, up.shape, N), needs, strict=True)
     )
     if M == 0:
-        return dx, ddown.zero_(), dup.zero_(), x.new_empty(0)
+        return dx, ddown.zero_(), dup.zero_(), dgain.zero_()
     sums = []
     with on(x.device):
+        if need_dgain:
+            plain = dict(parts=h.view(1, M, R), up=up, scale=scale)
+            column_sums(sums, dgain, dy, x, weight, **plain)
+        # to the update alone, one rounding of g·up is as small as that of h
+        gained_up = up if gain is None else gain[:, None] * up
         need_dh = need_dx or need_ddown
         in_one_pass = need_dh and need_dup and tables.one_pass(N, R, dy.dtype)
         if need_dh:
@@ -96,25 +103,26 @@ def lora_linear_bwd(dy, x, h, weight, down, up, scale, gain, needs):
                 # no GEMM follows that would add the slices up: one slice, in the final dtype
                 plan = tables.cut(plan.tile, N, 1)
             parts = h.new_empty((plan.slices, M, R), dtype=torch.float32 if need_dx else h.dtype)
-            outer = _slices(sums, dup, cdiv(M, plan.tile.m)) if in_one_pass else None
-            shrink(plan, parts, dy, up, transposed=True, outer=outer, h=h, factor=scale)
+            outer = slices_of(sums, dup, cdiv(M, plan.tile.m)) if in_one_pass else None
+            shrink(plan, parts, dy, gained_up, transposed=True, outer=outer, h=h, factor=scale)
         if need_dup and not in_one_pass:
-            _row_products(sums, dup, dy, h, scale, transposed=False)
+            row_products(sums, dup, dy, h, scale, transposed=False)
         if need_dx:
             dh = torch.empty_like(h) if need_ddown else None
-            add_low_rank(
-                dx, dy, weight, None, None, parts, dh, down, plan.slices, scale, transposed=True
-            )
+            update = dict(parts=parts, h=dh, up=down, scale=scale)
+            add(dx, dy, weight, gain_k=gain, transposed=True, **update)
         else:
             dh = parts if need_dh else None
         if need_ddown:
-            _row_products(sums, ddown, x, dh, scale, transposed=True)
-        _sum(sums)
-    return dx, ddown, dup, x.new_empty(0)
+            row_products(sums, ddown, x, dh, scale, transposed=True)
+        sum_all(sums)
+        if need_dup and gain is not None:
+            dup *= gain[:, None]
+    return dx, ddown, dup, dgain
 
 
-def _slices(sums, out, slices):
-    """Where to write `out` in that many slices: itself when there is one."""
+def slices_of(sums, out, slices):
+    """Where to write `out` in that many slices, which sum_all adds up: itself when there is one."""
     if slices == 1:
         return out
     parts = torch.empty((slices, out.numel()), dtype=torch.float32, device=out.device)
@@ -122,10 +130,19 @@ def _slices(sums, out, slices):
     return parts
 
 
-def _row_products(sums, out, a, b, factor, *, transposed):
+def column_sums(sums, dgain, dy, x, weight, **update):
+    """dgain[N] = the column sums of dy ∘ (x weightᵀ + update), as `add` makes the bracket."""
+    M, (N, K) = x.shape[:-1].numel(), weight.shape
+    tile = tables.gemm(M, N, K, x.dtype, x.device, narrow=True)
+    parts = slices_of(sums, dgain, cdiv(M, tile.m))
+    add(parts.view(-1, N), x, weight, dy=dy, **update)
+
+
+def row_products(sums, out, a, b, factor, *, transposed):
+    """out[N, R] = factor · a[..., N]ᵀ b[..., R]; transposed: [R, N]."""
     M, N, R = a.shape[:-1].numel(), a.shape[-1], b.shape[-1]
     plan = tables.rows(M, N, a.dtype, a.device)
-    tile, parts = plan.tile, _slices(sums, out, plan.slices)
+    tile, parts = plan.tile, slices_of(sums, out, plan.slices)
     _row_products_kernel[(cdiv(N, tile.n), plan.slices)](
         parts, a, b, M, N, R, plan.steps, float(factor),
         TRANSPOSED=transposed, PRECISION=tables.precision(a.dtype),
@@ -134,12 +151,10 @@ def _row_products(sums, out, a, b, factor, *, transposed):
     )  # fmt: skip
 
 
-def _sum(sums):
-    if not sums:
-        return
-    first, second = sums[0], sums[-1]
-    if len(sums) == 1:
-        # the grid has no block for it
-        second = (*first[:2], 0, 0)
-    blocks = cdiv(first[2], 128) + cdiv(second[2], 128)
-    _sum_slices_kernel[(blocks,)](*first, *second, BLOCK=128, BLOCK_S=32, num_warps=4)
+def sum_all(sums):
+    """Adds up what slices_of handed out, two results a launch."""
+    for first, second in zip_longest(sums[::2], sums[1::2]):
+        # without a second the grid has no block for it
+        second = second or (*first[:2], 0, 0)
+        blocks = cdiv(first[2], 128) + cdiv(second[2], 128)
+        _sum_slices_kernel[(blocks,)](*first, *second, BLOCK=128, BLOCK_S=32, num_warps=4)

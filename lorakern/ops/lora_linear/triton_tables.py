@@ -49,9 +49,38 @@ SHRINK = {2: Tile(64, 0, 64, 4, 4, 1.0), 4: Tile(32, 0, 32, 4, 2, 1.0)}
 ONE_PASS = {2: Tile(128, 0, 64, 4, 3, 1.0), 4: Tile(64, 0, 32, 4, 2, 1.0)}
 # aᵀ b over rows: n columns of a, k rows a step; m is unused
 ROWS = {2: Tile(0, 64, 32, 4, 4, 1.0), 4: Tile(0, 32, 32, 4, 3, 1.0)}
+# a weight update alone: m rows and n columns, k ranks a step
+DELTA = Tile(64, 64, 32, 4, 2, 1.0)
+# the base product beside tiles of a Hadamard update, with the ranks that the tile has room for
+HADA = {
+    ("datacenter", 2): ((64, Tile(128, 128, 32, 8, 3, 1.0)), (128, Tile(64, 64, 32, 4, 2, 0.6))),
+    ("other", 2): ((32, Tile(128, 64, 32, 4, 3, 1.0)), (128, Tile(64, 64, 32, 4, 2, 0.7))),
+    ("datacenter", 4): ((128, Tile(64, 64, 32, 4, 1, 1.0)),),
+    ("other", 4): ((128, Tile(64, 64, 32, 4, 1, 1.0)),),
+}
+# aᵀ b over rows, taken on to low-rank factors: m columns of a, n of b, k rows a step
+OUTER = {
+    ("datacenter", 2): (Tile(128, 64, 64, 8, 3, 1.0), Tile(64, 64, 64, 4, 3, 0.6)),
+    ("other", 2): (Tile(64, 64, 32, 4, 3, 1.0),),
+    ("datacenter", 4): (Tile(32, 32, 32, 4, 2, 1.0),),
+    ("other", 4): (Tile(32, 32, 32, 4, 2, 1.0),),
+}
 # largest M·O·I at which making h beside the base product beats a launch and a pass over x of its
 # own, by padded rank: the share rank/n of extra products against about 3 µs on an H100
 ONE_KERNEL = {2: {16: 10**10, 32: 2 * 10**9}, 4: {16: 5 * 10**8, 32: 10**8}}
+
+
+@dataclass(frozen=True)
+class KronTile:
+    """One program's share of x (C ⊗ D)ᵀ: m rows, and entries of C [a, b] and of D [p, q]."""
+
+    m: int
+    a: int
+    b: int
+    p: int
+    q: int
+    warps: int
+    stages: int
 
 
 @dataclass(frozen=True)
@@ -64,29 +93,30 @@ class Cut:
 
 
 def refuse_fwd(x, weight, bias, down, up, scale, gain) -> str | None:
-    if gain is not None:
-        return "a gain: the kernel has none"
+    return refuse(x, down.shape[0])
+
+
+def refuse_bwd(dy, x, h, weight, down, up, scale, gain, needs) -> str | None:
+    return refuse(x, down.shape[0])
+
+
+def refuse(x: torch.Tensor, *ranks: int) -> str | None:
+    """Why no Triton kernel runs on tensors like x with these ranks; None when one does."""
     if x.dtype == torch.float64:
         return "float64: the kernel sums in float32"
-    if down.shape[0] > MAX_RANK:
-        return f"rank {down.shape[0]} is over {MAX_RANK}"
+    if max(ranks, default=0) > MAX_RANK:
+        return f"rank {max(ranks)} is over {MAX_RANK}"
     return refuse_device(x)
 
 
-def refuse_device(x) -> str | None:
-    """Why Triton cannot run where x is."""
+def refuse_device(x: torch.Tensor) -> str | None:
+    """Why no Triton kernel runs where x is; None when one does."""
     if x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         return "bfloat16: Triton's interpreter misreads it" if x.dtype == torch.bfloat16 else None
     if x.device.type != "cuda":
         return f"x is on {x.device.type}; triton runs on cuda"
     major, minor = torch.cuda.get_device_capability(x.device)
     return f"sm_{major}{minor}: the kernel needs sm_80" if major < 8 else None
-
-
-def refuse_bwd(dy, x, h, weight, down, up, scale, gain, needs) -> str | None:
-    if needs[3]:
-        return "a gradient of a gain: the kernel has none"
-    return refuse_fwd(x, weight, None, down, up, scale, gain)
 
 
 @cache
@@ -110,10 +140,28 @@ def padded(rank: int) -> int:
 
 
 @lru_cache(maxsize=4096)
-def gemm(m: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> Tile:
+def gemm(
+    m: int, n: int, k: int, dtype: torch.dtype, device: torch.device, narrow: bool = False
+) -> Tile:
+    """narrow: the tile shares its registers, so it has at most 128 columns."""
+    tiles = GEMM[hardware(device)[0], dtype.itemsize]
+    tiles = [tile for tile in tiles if not narrow or tile.n <= 128]
+    return _fastest(tiles, m, n, k, dtype, device)
+
+
+@lru_cache(maxsize=4096)
+def hada(
+    m: int, n: int, k: int, rank: int, dtype: torch.dtype, device: torch.device, gained: bool
+) -> Tile:
+    """gained: a gain of the depth splits a in two, which leaves room for the last tile alone."""
+    tiles = HADA[hardware(device)[0], dtype.itemsize]
+    tiles = [tile for most, tile in tiles if rank <= most]
+    return _fastest(tiles[-1:] if gained else tiles, m, n, k, dtype, device)
+
+
+def _fastest(tiles, m, n, k, dtype, device) -> Tile:
     """The tile whose waves over the GPU take the least modelled time."""
-    family, processors = hardware(device)
-    tiles = GEMM[family, dtype.itemsize]
+    processors = hardware(device)[1]
     if not whole_vectors(dtype, n, k):
         return without_prefetch(tiles[-1])
 
@@ -132,6 +180,11 @@ def whole_vectors(dtype: torch.dtype, *widths: int) -> bool:
 def without_prefetch(tile: Tile) -> Tile:
     """For other rows: what is loaded ahead would sit in registers, and spill."""
     return replace(tile, k=32, stages=1)
+
+
+def khatri_rao(n: int, k: int, rank: int) -> bool:
+    """Whether a Hadamard update costs less as a LoRA of the product of its ranks than as ΔW."""
+    return rank <= MAX_RANK and rank * (n + k) < 0.7 * n * k
 
 
 def one_kernel(m: int, n: int, k: int, rank: int, dtype: torch.dtype) -> bool:
@@ -160,6 +213,37 @@ def rows(m: int, n: int, dtype: torch.dtype, device: torch.device) -> Cut:
     tile = ROWS[dtype.itemsize]
     tile = tile if whole_vectors(dtype, n) else without_prefetch(tile)
     return cut(tile, m, 2 * hardware(device)[1] // cdiv(n, tile.n))
+
+
+@lru_cache(maxsize=4096)
+def outer(m: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> Cut:
+    """Tiles of aᵀ b, [n, k], and slices of its m rows until the GPU is full once."""
+    family, processors = hardware(device)
+    tile = _fastest(OUTER[family, dtype.itemsize], n, k, n, dtype, device)
+    if not whole_vectors(dtype, n, k):
+        tile = replace(tile, m=32, n=32)
+    return cut(tile, m, processors // (cdiv(n, tile.m) * cdiv(k, tile.n)))
+
+
+@lru_cache(maxsize=4096)
+def kron(a: int, b: int, p: int, q: int, dtype: torch.dtype) -> KronTile:
+    """What stands between C and D fits in registers: m · max(a, b) · p sums, and as many more."""
+    block_p, block_q = (min(32, padded(size)) for size in (p, q))
+    if min(a, b) < 8:
+        # C by plain products: padded to 16 x 16, a matrix instruction would be mostly padding
+        block_a, block_b = min(16, 1 << (a - 1).bit_length()), 1
+    else:
+        block_a, block_b = min(64, padded(a)), min(32, padded(b))
+    m = 8192 // dtype.itemsize // (max(block_a, block_b) * block_p)
+    if block_b == 1:
+        m = min(64, max(16, m))
+    return KronTile(m, block_a, block_b, block_p, block_q, 4, 2)
+
+
+@lru_cache(maxsize=4096)
+def spread(length: int, step: int, blocks: int, device: torch.device) -> Cut:
+    """Cuts a sum of plain products until the GPU is full eight times, a wave of memory reads."""
+    return cut(Tile(0, 0, step, 4, 1, 1.0), length, 8 * hardware(device)[1] // blocks)
 
 
 def cut(tile: Tile, length: int, wanted: int) -> Cut:
