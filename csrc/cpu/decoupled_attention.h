@@ -1,7 +1,6 @@
-// Attention of blocks of queries over groups of keys, as decoupled_attention.cpp runs it.
-//
-// Keys and values of one head are packed for tile.h with all groups side by side, in columns
-// [d, T] of panels for products over channels and in tokens [T, d] for products over keys.
+// Attention of blocks of queries over groups of keys. Keys and values of one head are packed for
+// tile.h with all groups side by side, in columns [d, T] for products over channels and in tokens
+// [T, d] for products over keys.
 
 #pragma once
 
@@ -82,8 +81,7 @@ struct Group {
     return mask ? c * static_cast<acc_t>(mask[b * mask_step + row]) : c;
   }
 
-  // visit(i, keep) for each vector of a row: keep(x, y) has the lanes of the group from x, others
-  // from y
+  // visit(i, keep) for each vector of a row: keep(x, y) is x in lanes of the group, y elsewhere
   template <typename Visit>
   void each_vector(const Visit& visit) const {
     const int64_t whole = T / kLanes * kLanes;

@@ -55,15 +55,15 @@ DELTA = Tile(64, 64, 32, 4, 2, 1.0)
 HADA = {
     ("datacenter", 2): ((64, Tile(128, 128, 32, 8, 3, 1.0)), (128, Tile(64, 64, 32, 4, 2, 0.6))),
     ("other", 2): ((32, Tile(128, 64, 32, 4, 3, 1.0)), (128, Tile(64, 64, 32, 4, 2, 0.7))),
-    ("datacenter", 4): ((128, Tile(64, 64, 32, 4, 1, 1.0)),),
-    ("other", 4): ((128, Tile(64, 64, 32, 4, 1, 1.0)),),
+    ("datacenter", 4): ((128, Tile(32, 32, 32, 4, 1, 1.0)),),
+    ("other", 4): ((128, Tile(32, 32, 32, 4, 1, 1.0)),),
 }
 # aᵀ b over rows, taken on to low-rank factors: m columns of a, n of b, k rows a step
 OUTER = {
     ("datacenter", 2): (Tile(128, 64, 64, 8, 3, 1.0), Tile(64, 64, 64, 4, 3, 0.6)),
     ("other", 2): (Tile(64, 64, 32, 4, 3, 1.0),),
-    ("datacenter", 4): (Tile(32, 32, 32, 4, 2, 1.0),),
-    ("other", 4): (Tile(32, 32, 32, 4, 2, 1.0),),
+    ("datacenter", 4): (Tile(32, 32, 16, 4, 1, 1.0),),
+    ("other", 4): (Tile(32, 32, 16, 4, 1, 1.0),),
 }
 # largest M·O·I at which making h beside the base product beats a launch and a pass over x of its
 # own, by padded rank: the share rank/n of extra products against about 3 µs on an H100
@@ -234,7 +234,7 @@ def kron(a: int, b: int, p: int, q: int, dtype: torch.dtype) -> KronTile:
         block_a, block_b = min(16, 1 << (a - 1).bit_length()), 1
     else:
         block_a, block_b = min(64, padded(a)), min(32, padded(b))
-    m = 8192 // dtype.itemsize // (max(block_a, block_b) * block_p)
+    m = 16384 // dtype.itemsize**2 // (max(block_a, block_b) * block_p)
     if block_b == 1:
         m = min(64, max(16, m))
     return KronTile(m, block_a, block_b, block_p, block_q, 4, 2)
