@@ -29,25 +29,28 @@ def check(bench: ModuleType, args: tuple, layers: dict[str, Layer]) -> tuple:
             computes something else.
     """
     forward, backward = backend.OPS[bench.FORWARD], backend.OPS[bench.BACKWARD]
-    same_y, h = forward.reference(*args)
+    same_y, h = _forward(forward, args)
     dy = torch.randn_like(same_y)
     backward_args = bench.backward_inputs(args, h, dy)
     check_every_kernel(bench.FORWARD, args)
     check_every_kernel(bench.BACKWARD, backward_args)
 
-    exact_y, exact_h = forward.reference(*_double(args))
+    exact_y, exact_h = _forward(forward, _double(args))
     exact = backward.reference(*_double(bench.backward_inputs(args, exact_h, dy)))
     same = backward.reference(*backward_args)
+    names = ["y", *(r.name for r in backward.torch_op._schema.returns)]
     for name, layer in layers.items():
-        if name == "frozen":
+        if not layer.factors:
             continue
         x = args[0].detach().requires_grad_()
         y = layer.call(x)
-        got = (y, *torch.autograd.grad(y, (x, *layer.factors), dy))
-        results = zip(
-            ("y", "dx", "ddown", "dup"), got, (exact_y, *exact), (same_y, *same), strict=True
-        )
+        dx, *dfactors = torch.autograd.grad(y, (x, *layer.factors), dy)
+        got = (y, dx, *_like(dfactors, same[1:]))
+        results = zip(names, got, (exact_y, *exact), (same_y, *same), strict=True)
         for what, mine, truth, plain in results:
+            # asked for by nobody
+            if plain.numel() == 0:
+                continue
             # factors may be float32 masters: their gradients are judged in the layer's dtype
             mine = mine.detach().to(plain.dtype).view(plain.shape)
             if name == "lorakern":
@@ -63,22 +66,20 @@ def lost_shares(bench: ModuleType, args: tuple) -> dict[str, float]:
 
     {} where the output is too small for the rounding errors to average out.
     """
-    *before, up, scale = args[:6]
-    small = (*before, up * (SMALL / scale), scale, *args[6:])
-    nothing = (*before, torch.zeros_like(up), scale, *args[6:])
+    small, nothing = bench.smaller(args, SMALL), bench.smaller(args, 0.0)
     forward = backend.OPS[bench.FORWARD]
-    base = forward.reference(*_double(nothing))[0]
+    base = _forward(forward, _double(nothing))[0]
     if base.numel() < ENOUGH:
         return {}
-    delta = forward.reference(*_double(small))[0] - base
+    delta = _forward(forward, _double(small))[0] - base
 
     runs: dict[str, Callable[[], Tensor]] = {
         name: lambda layer=layer: layer.call(args[0])
         for name, layer in bench.layers(small).items()
-        if name != "frozen"
+        if layer.factors
     }
     kernels = {name: forward.load(name) for name in able(bench.FORWARD, args)}
-    runs |= {name: lambda kernel=kernel: kernel(*small)[0] for name, kernel in kernels.items()}
+    runs |= {name: lambda kernel=kernel: _first(kernel(*small)) for name, kernel in kernels.items()}
     return {name: lost_share(run, delta, base) for name, run in runs.items()}
 
 
@@ -88,4 +89,21 @@ def able(op: str, args: tuple) -> list[str]:
 
 
 def _double(args: tuple) -> tuple:
-    return tuple(a.double() if isinstance(a, Tensor) else a for a in args)
+    return backend.on_tensors(Tensor.double, args)
+
+
+def _forward(op: backend.Op, args: tuple) -> tuple[Tensor, Tensor | None]:
+    """y, and h of an op that keeps it for backward."""
+    results = op.reference(*args)
+    return (results, None) if isinstance(results, Tensor) else results
+
+
+def _first(results) -> Tensor:
+    return results if isinstance(results, Tensor) else results[0]
+
+
+def _like(gradients: list[Tensor], results: tuple) -> list[Tensor]:
+    """The gradients of the factors, cut as the backward kernel gives them."""
+    flat = torch.cat([g.flatten() for g in gradients])
+    parts = flat.split([r.numel() for r in results])
+    return [part.view(r.shape) for part, r in zip(parts, results, strict=True)]

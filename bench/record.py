@@ -34,7 +34,8 @@ class Row:
     iqr_us: float
     # bytes of the inputs and results, each once, over the median
     gb_s: float | str
-    # median over rounds of (this arm / frozen layer in the same round), and ratio of the medians
+    # median over rounds of (this arm / frozen layer in the same round), and ratio of the medians;
+    # an op that no frozen layer has is held against its bench's FLOOR
     cost_over_frozen: float
     cost_of_medians: float
     # kept for backward beyond parameters and the layer's own input

@@ -19,6 +19,7 @@ from torch import Tensor
 from bench import check, record, timing, usage
 from bench.peers import Layer
 from lorakern import backend
+from lorakern.testing import tensors
 
 OPS = sorted(p.stem for p in (Path(__file__).parent / "ops").glob("[!_]*.py"))
 DTYPES = ("float32", "bfloat16", "float16")
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     for case in cases:
         for dtype in options.dtype:
             rows = measure(bench, case, getattr(torch, dtype), device, options)
-            print(table(rows), flush=True)
+            print(table(rows, bench.FLOOR), flush=True)
             if options.record:
                 record.append(rows, record.results_file(device, options.results))
 
@@ -59,13 +60,14 @@ def measure(
     args = bench.inputs(case, dtype, device)
     layers = bench.layers(args)
     backward_args = check.check(bench, args, layers)
+    trained = layers["lorakern"].factors
     lost, where = check.lost_shares(bench, args), record.environment(device)
     rows = []
     for direction in bench.DIRECTIONS:
         steps = _layer_steps(layers, args[0], backward_args[0], direction)
         steps |= _kernel_steps(bench, args, backward_args, direction)
         if options.backends:
-            steps = {n: s for n, s in steps.items() if n in (*options.backends, "frozen")}
+            steps = {n: s for n, s in steps.items() if n in (*options.backends, bench.FLOOR)}
         taken = timing.interleave(
             steps,
             device,
@@ -83,9 +85,9 @@ def measure(
                     direction=direction,
                     median_us=times.median * 1e6,
                     iqr_us=times.iqr * 1e6,
-                    gb_s=_traffic(args, backward_args, direction) / times.median / 1e9,
-                    cost_over_frozen=times.over(taken["frozen"]),
-                    cost_of_medians=times.median / taken["frozen"].median,
+                    gb_s=_traffic(args, backward_args, direction, trained) / times.median / 1e9,
+                    cost_over_frozen=times.over(taken[bench.FLOOR]),
+                    cost_of_medians=times.median / taken[bench.FLOOR].median,
                     saved_bytes=_saved(layers[name], args) if name in layers else "",
                     lost_share=lost.get(name, ""),
                     rounds=len(times.seconds),
@@ -95,7 +97,7 @@ def measure(
     return rows
 
 
-def table(rows: list[record.Row]) -> str:
+def table(rows: list[record.Row], floor: str) -> str:
     """Rows of one case as text; a * marks the layer and the kernel of the lowest cost."""
     first = rows[0]
     directions = list(dict.fromkeys(r.direction for r in rows))
@@ -104,7 +106,7 @@ def table(rows: list[record.Row]) -> str:
     kernels = [n for n in names if by[n, directions[0]].saved_bytes == ""]
     best = set()
     for direction in directions:
-        for group in (set(names) - set(kernels) - {"frozen"}, kernels):
+        for group in (set(names) - set(kernels) - {floor}, kernels):
             if group:
                 best.add(min((by[n, direction].cost_over_frozen, n, direction) for n in group)[1:])
 
@@ -112,7 +114,7 @@ def table(rows: list[record.Row]) -> str:
         f"{first.op} {first.case} {first.dtype}, {first.device}, {first.threads} threads,"
         f" commit {first.commit}",
         f"  {'':16}"
-        + "".join(f"{d + ' us':>12}{'IQR':>11}{'/frozen':>9}  " for d in directions)
+        + "".join(f"{d + ' us':>12}{'IQR':>11}{'/' + floor:>11}  " for d in directions)
         + f"{'saved KiB':>11}{'lost':>7}",
     ]
     for name in names:
@@ -120,7 +122,7 @@ def table(rows: list[record.Row]) -> str:
         for direction in directions:
             row = by[name, direction]
             star = "*" if (name, direction) in best else " "
-            line += f"{row.median_us:12.1f}{row.iqr_us:11.1f}{row.cost_over_frozen:9.2f}{star} "
+            line += f"{row.median_us:12.1f}{row.iqr_us:11.1f}{row.cost_over_frozen:11.2f}{star} "
         line += f"{'' if name in kernels else f'{row.saved_bytes / 1024:.1f}':>11}"
         lines.append(line + f"{'' if row.lost_share == '' else f'{row.lost_share:.2f}':>7}")
     return "\n".join(lines) + "\n"
@@ -164,18 +166,17 @@ def _kernel_steps(
 
 def _saved(layer: Layer, args: tuple) -> int:
     x = args[0].detach().requires_grad_()
-    known = [x, *layer.factors, *(a for a in args if isinstance(a, Tensor))]
+    known = [x, *layer.factors, *tensors(args)]
     return usage.saved_bytes(lambda: layer.call(x), known)
 
 
-def _traffic(args: tuple, backward_args: tuple, direction: str) -> int:
-    """Bytes of the inputs and results, each once; backward reads dy and gives dx, ddown, dup."""
-    given, dy = [a for a in args if isinstance(a, Tensor)], backward_args[0]
+def _traffic(args: tuple, backward_args: tuple, direction: str, trained: tuple) -> int:
+    """Bytes of the inputs and results, each once; backward reads dy, gives dx and the trained."""
+    given, dy = tensors(args), backward_args[0]
     forward = _bytes(given) + _bytes([dy])
     if direction != "fwd+bwd":
         return forward
-    x, weight, *_, down, up = given
-    return forward + _bytes([dy, x, weight, down, up]) + _bytes([x, down, up])
+    return forward + _bytes([dy, *given]) + _bytes([args[0], *trained])
 
 
 def _bytes(tensors: list[Tensor]) -> int:

@@ -43,7 +43,7 @@ class Op:
         self._picked: dict[tuple, Callable] = {}
         _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(name, self._run_with_numbers, "CompositeExplicitAutograd")
-        fake = lambda *args: reference(*_contiguous(args))  # noqa: E731
+        fake = lambda *args: reference(*on_tensors(Tensor.contiguous, args))  # noqa: E731
         torch.library.register_fake(f"lorakern::{name}", fake, lib=_library)
         self.torch_op = getattr(torch.ops.lorakern, name).default
 
@@ -58,8 +58,8 @@ class Op:
 
     def _run_with_numbers(self, *args):
         # a scale travels as a 0-dim tensor under compile, so that changing it recompiles nothing
-        args = _contiguous(args)
-        return self(*(a.item() if isinstance(a, Tensor) and a.dim() == 0 else a for a in args))
+        args = on_tensors(Tensor.contiguous, args)
+        return self(*on_tensors(lambda t: t if t.dim() else t.item(), args))
 
     def load(self, backend: str) -> Callable:
         """The function behind a backend's name; ImportError says what is missing."""
@@ -93,7 +93,8 @@ def define(name: str, schema: str, reference: Callable, **kernels: Kernel) -> Op
 
     Args:
         schema: torch schema without the name, "(Tensor x, Tensor scale) -> Tensor"; a number that
-            changes between calls is declared a Tensor (0-dim), and kernels get it as a float.
+            changes between calls is declared a Tensor (0-dim), and kernels get it as a float;
+            so are the elements of a Tensor[].
         reference: the spec; also the fallback (run in float32 on 16-bit tensors) and the fake.
 
     Raises:
@@ -192,11 +193,24 @@ def _key(args: tuple) -> tuple:
 
 def _shape_like(a) -> object:
     # strides, paddings and flags count, as shapes do; numbers such as a scale do not
-    return tuple(a) if isinstance(a, list) else a is None
+    if isinstance(a, list):
+        return tuple(_of_list(b) for b in a)
+    return a is None
 
 
-def _contiguous(args: tuple) -> tuple:
-    return tuple(a.contiguous() if isinstance(a, Tensor) else a for a in args)
+def _of_list(a) -> object:
+    if isinstance(a, Tensor):
+        return a.shape
+    return None if isinstance(a, float) else a
+
+
+def on_tensors(function: Callable, args: tuple) -> tuple:
+    """The arguments of an op with function(t) for each tensor t, also in lists of tensors."""
+
+    def one(a):
+        return function(a) if isinstance(a, Tensor) else a
+
+    return tuple([one(b) for b in a] if isinstance(a, list) else one(a) for a in args)
 
 
 def _like(schema: str) -> list[int]:
@@ -218,8 +232,7 @@ def _in_float32(reference: Callable, like: list[int]) -> Callable:
         with torch.autocast(device, enabled=False):
             if dtype not in _HALF:
                 return reference(*args)
-            widened = (a.float() if isinstance(a, Tensor) and a.dtype in _HALF else a for a in args)
-            results = reference(*widened)
+            results = reference(*on_tensors(lambda t: t.float() if t.dtype in _HALF else t, args))
         if isinstance(results, Tensor):
             return results.to(dtype)
         # of an argument that is None: an empty result

@@ -1,5 +1,6 @@
 """Registry of ops: one import a line. Each is a function of tensors, documented where it lives."""
 
+from lorakern.ops.decoupled_attention.op import decoupled_attention
 from lorakern.ops.hada_delta.op import hada_delta
 from lorakern.ops.hada_linear.op import hada_linear
 from lorakern.ops.kron_delta.op import kron_delta
@@ -9,6 +10,7 @@ from lorakern.ops.lora_delta.op import lora_delta
 from lorakern.ops.lora_linear.op import lora_linear
 
 __all__ = [
+    "decoupled_attention",
     "hada_delta",
     "hada_linear",
     "kron_delta",

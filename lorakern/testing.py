@@ -54,9 +54,8 @@ def check_every_kernel(op: str, args: tuple) -> None:
         again = _tuple(found.load(name)(*given))
         for got, twice in zip(results, again, strict=True):
             assert torch.equal(got, twice), f"{op} on {name}: a second run gives other bits"
-        for before, after in zip(args, given, strict=True):
-            if isinstance(before, Tensor):
-                assert torch.equal(before, after), f"{op} on {name} changed an input"
+        for before, after in zip(tensors(args), tensors(given), strict=True):
+            assert torch.equal(before, after), f"{op} on {name} changed an input"
 
 
 def check_backward_formula(function: Callable, spec: Callable, args: tuple) -> None:
@@ -70,9 +69,9 @@ def check_backward_formula(function: Callable, spec: Callable, args: tuple) -> N
     dy = torch.randn_like(y)
     y.backward(dy)
     want.backward(dy)
-    for i, (a, b) in enumerate(zip(mine, theirs, strict=True)):
-        if isinstance(a, Tensor) and a.requires_grad:
-            assert a.grad is not None, f"argument {i} got no gradient"
+    for i, (a, b) in enumerate(zip(tensors(mine), tensors(theirs), strict=True)):
+        if a.requires_grad:
+            assert a.grad is not None, f"tensor {i} of the arguments got no gradient"
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-12)
 
 
@@ -118,11 +117,15 @@ def _tuple(results) -> tuple:
 
 
 def _to(args: tuple, dtype: torch.dtype) -> tuple:
-    return tuple(a.to(dtype) if isinstance(a, Tensor) else a for a in args)
+    return backend.on_tensors(lambda t: t.to(dtype), args)
 
 
 def _leaves(args: tuple) -> tuple:
-    return tuple(
-        a.detach().clone().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a
-        for a in args
-    )
+    return backend.on_tensors(lambda t: t.detach().clone().requires_grad_(t.requires_grad), args)
+
+
+def tensors(args: tuple) -> list[Tensor]:
+    """The tensors among an op's arguments, also those in lists."""
+    found: list[Tensor] = []
+    backend.on_tensors(found.append, args)
+    return found

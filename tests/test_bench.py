@@ -78,6 +78,19 @@ def test_rows_of_an_op(tmp_path, capsys):
     assert printed.count("overhead O8 I8 M4 R4") == 2 and "*" in printed
 
 
+def test_rows_of_an_op_that_no_frozen_layer_has(tmp_path):
+    case = ["--case", "Q64 H8 d160 T77+16+16", "--dtype", "float32", "--threads", "1"]
+    command = ["decoupled_attention", *case, "--rounds", "2", "--record"]
+    run.main([*command, "--results", str(tmp_path)])
+    (file,) = tmp_path.iterdir()
+    rows = list(csv.DictReader(file.open()))
+    floor = [r for r in rows if r["backend"] == "diffusers"]
+    assert [float(r["cost_over_frozen"]) for r in floor] == [1, 1]
+    kept = {r["backend"]: int(r["saved_bytes"]) for r in rows if r["saved_bytes"]}
+    # q, keys and values are the caller's; three outputs of two calls and an add are not
+    assert kept["lorakern"] == 0 < kept["diffusers"]
+
+
 def test_rows_of_a_step(tmp_path):
     arms = ["--arms", "lorakern", "peft"]
     train_step.main([*STEP, *arms, "--rounds", "2", "--record", "--results", str(tmp_path)])

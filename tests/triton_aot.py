@@ -83,20 +83,30 @@ def compile_for(capability, kernel, args, options):
 
 
 def _source(kernel, args, options):
-    # as Triton's launcher specializes: None and 1 are constants, multiples of 16 are marked
     signature, constexprs, attrs = {}, {}, {}
     for i, param in enumerate(kernel.params):
         value = args[i] if i < len(args) else options[param.name]
-        counted = isinstance(value, int) and not param.do_not_specialize
-        if param.is_constexpr or value is None or (counted and value == 1):
-            signature[param.name], constexprs[param.name] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[param.name] = "*" + _TYPES[value.dtype]
-            attrs[(i,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            signature[param.name] = "fp32"
+        if param.is_constexpr:
+            signature[param.name], constexprs[(i,)] = "constexpr", value
+        elif isinstance(value, tuple):
+            marks = [_type(v, True, (i, j), constexprs, attrs) for j, v in enumerate(value)]
+            signature[param.name] = tuple(marks)
         else:
-            signature[param.name] = "i32" if value < 2**31 else "i64"
-            if counted and value % 16 == 0:
-                attrs[(i,)] = [["tt.divisibility", 16]]
+            counted = not param.do_not_specialize
+            signature[param.name] = _type(value, counted, (i,), constexprs, attrs)
     return ASTSource(kernel, signature, constexprs, attrs)
+
+
+def _type(value, counted, at, constexprs, attrs):
+    """As Triton's launcher specializes: None and 1 are constants, multiples of 16 are marked."""
+    counted = counted and isinstance(value, int)
+    if value is None or (counted and value == 1):
+        constexprs[at] = value
+        return "constexpr"
+    if isinstance(value, float):
+        return "fp32"
+    if isinstance(value, torch.Tensor) or (counted and value % 16 == 0):
+        attrs[at] = [["tt.divisibility", 16]]
+    if isinstance(value, torch.Tensor):
+        return "*" + _TYPES[value.dtype]
+    return "i32" if value < 2**31 else "i64"

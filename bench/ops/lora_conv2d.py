@@ -9,6 +9,7 @@ from bench import peers
 
 FORWARD, BACKWARD = "lora_conv2d_fwd", "lora_conv2d_bwd"
 DIRECTIONS = ("fwd", "fwd+bwd")
+FLOOR = "frozen"
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,12 @@ def inputs(case: Case, dtype: torch.dtype, device: torch.device) -> tuple:
     up = normal(case.O, case.R, 1, 1, over=case.R)
     pad = case.K // 2
     return x, weight, bias, down, up, 0.5, [case.stride] * 2, [pad, pad], [1, 1], 1
+
+
+def smaller(args: tuple, share: float) -> tuple:
+    """The same with an update of this share of the weight."""
+    *before, up, scale = args[:6]
+    return *before, up * (share / scale), scale, *args[6:]
 
 
 def backward_inputs(args: tuple, h: Tensor, dy: Tensor) -> tuple:

@@ -9,6 +9,7 @@ from bench import peers
 
 FORWARD, BACKWARD = "lora_linear_fwd", "lora_linear_bwd"
 DIRECTIONS = ("fwd", "fwd+bwd")
+FLOOR = "frozen"
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,12 @@ def inputs(case: Case, dtype: torch.dtype, device: torch.device) -> tuple:
     bias = normal(case.O, over=1) if case.bias else None
     down, up = normal(case.R, case.I, over=case.I), normal(case.O, case.R, over=case.R)
     return x, weight, bias, down, up, 0.5, None
+
+
+def smaller(args: tuple, share: float) -> tuple:
+    """The same with an update of this share of the weight."""
+    *before, up, scale = args[:6]
+    return *before, up * (share / scale), scale, *args[6:]
 
 
 def backward_inputs(args: tuple, h: Tensor, dy: Tensor) -> tuple:

@@ -70,6 +70,11 @@ def refuse_fwd(x, weight, bias, down, up, scale, gain) -> str | None:
         return "float64: the kernel sums in float32"
     if down.shape[0] > MAX_RANK:
         return f"rank {down.shape[0]} is over {MAX_RANK}"
+    return refuse_device(x)
+
+
+def refuse_device(x) -> str | None:
+    """Why Triton cannot run where x is."""
     if x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         return "bfloat16: Triton's interpreter misreads it" if x.dtype == torch.bfloat16 else None
     if x.device.type != "cuda":
