@@ -1,6 +1,7 @@
 """The benches: nothing wrong is timed, rows are whole, a record only grows."""
 
 import csv
+import importlib
 from itertools import pairwise
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from bench import peers, record, run, timing, train_step, usage
 from lorakern import backend
+from lorakern.testing import tensors
 
 STEP = ["--model", "tiny", "--size", "4", "--threads", "1"]
 
@@ -89,6 +91,25 @@ def test_rows_of_an_op_that_no_frozen_layer_has(tmp_path):
     kept = {r["backend"]: int(r["saved_bytes"]) for r in rows if r["saved_bytes"]}
     # q, keys and values are the caller's; three outputs of two calls and an add are not
     assert kept["lorakern"] == 0 < kept["diffusers"]
+
+
+@pytest.mark.parametrize("op", [op for op in run.OPS if op != "overhead"])
+def test_every_bench_measures_its_smallest_case(op, capsys, monkeypatch):
+    bench = importlib.import_module(f"bench.ops.{op}")
+    for name in (bench.FORWARD, bench.BACKWARD):
+        # in its interpreter it takes minutes
+        monkeypatch.delitem(backend.OPS[name].kernels, "triton", raising=False)
+    cpu = torch.device("cpu")
+    sizes = [
+        sum(t.nbytes for t in tensors(bench.inputs(c, torch.float32, cpu))) for c in bench.CASES
+    ]
+    case = bench.CASES[sizes.index(min(sizes))]
+    run.main([op, "--case", str(case), "--dtype", "float32", "--rounds", "1", "--threads", "1"])
+    printed = capsys.readouterr().out
+    assert f"{op} {case} float32" in printed
+    assert {bench.FLOOR, "lorakern", "reference"} <= {
+        line.split()[0] for line in printed.splitlines() if line
+    }
 
 
 def test_rows_of_a_step(tmp_path):

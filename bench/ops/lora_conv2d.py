@@ -81,4 +81,4 @@ def layers(args: tuple) -> dict[str, peers.Layer]:
         layer.bias = nn.Parameter(bias, requires_grad=False)
         return layer
 
-    return peers.layers(plain, down, up, scale)
+    return peers.layers(plain, (down, up), len(down), scale)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bench import peers
 
@@ -71,12 +71,4 @@ def backward_inputs(args: tuple, h: Tensor, dy: Tensor) -> tuple:
 def layers(args: tuple) -> dict[str, peers.Layer]:
     """The layer as each library builds it."""
     _, weight, bias, down, up, scale, _ = args
-
-    def plain() -> nn.Linear:
-        out_features, in_features = weight.shape
-        layer = nn.Linear(in_features, out_features, bias is not None, device="meta")
-        layer.weight = nn.Parameter(weight, requires_grad=False)
-        layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        return layer
-
-    return peers.layers(plain, down, up, scale)
+    return peers.layers(lambda: peers.linear(weight, bias), (down, up), len(down), scale)
