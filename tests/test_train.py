@@ -17,12 +17,12 @@ from lorakern import run as runs
 
 def test_loss_falls_on_a_batch_it_knows(home, make, monkeypatch):
     chosen = make(steps=40, batch_size=5, caption_dropout=0.0,
-                  adapter={"rank": 16, "targets": "full"}, optimizer={"lr": 2e-2})  # fmt: skip
+                  adapter={"rank": 16, "targets": "full"}, optimizer={"lr": 5e-3})  # fmt: skip
     # the same noise at each step: the batch can be learned by heart
     draw = runs.diffusion.draw
     monkeypatch.setattr(runs.diffusion, "draw", lambda seed, _, *rest: draw(seed, 0, *rest))
     losses = fit(chosen).losses
-    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+    assert sum(losses[-5:]) < 0.1 * sum(losses[:5])
 
 
 def test_base_weights_stay_bit_for_bit(home, make, monkeypatch):
