@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bench.peers import Layer
 from lorakern import backend
-from lorakern.testing import assert_as_exact_as_torch, check_every_kernel, lost_share
+from lorakern.testing import assert_as_exact_as_torch, check_every_kernel, exactly, lost_share
 
 # an update this much smaller than the weight is what a 16-bit addition loses
 SMALL = 1e-3
@@ -29,14 +29,14 @@ def check(bench: ModuleType, args: tuple, layers: dict[str, Layer]) -> tuple:
             computes something else.
     """
     forward, backward = backend.OPS[bench.FORWARD], backend.OPS[bench.BACKWARD]
-    same_y, h = _forward(forward, args)
+    same_y, h = _with_h(forward.reference(*args))
     dy = torch.randn_like(same_y)
     backward_args = bench.backward_inputs(args, h, dy)
     check_every_kernel(bench.FORWARD, args)
     check_every_kernel(bench.BACKWARD, backward_args)
 
-    exact_y, exact_h = _forward(forward, _double(args))
-    exact = backward.reference(*_double(bench.backward_inputs(args, exact_h, dy)))
+    exact_y, exact_h = _with_h(exactly(forward.reference, *args))
+    exact = exactly(backward.reference, *bench.backward_inputs(args, exact_h, dy))
     same = backward.reference(*backward_args)
     names = ["y", *(r.name for r in backward.torch_op._schema.returns)]
     for name, layer in layers.items():
@@ -73,10 +73,10 @@ def lost_shares(bench: ModuleType, args: tuple) -> dict[str, float]:
         return {}
     small, nothing = bench.smaller(args, SMALL), bench.smaller(args, 0.0)
     forward = backend.OPS[bench.FORWARD]
-    base = _forward(forward, _double(nothing))[0]
+    base = _first(exactly(forward.reference, *nothing))
     if base.numel() < ENOUGH:
         return {}
-    delta = _forward(forward, _double(small))[0] - base
+    delta = _first(exactly(forward.reference, *small)) - base
 
     runs: dict[str, Callable[[], Tensor]] = {
         name: lambda layer=layer: layer.call(args[0])
@@ -93,13 +93,8 @@ def able(op: str, args: tuple) -> list[str]:
     return [name for name, reason in backend.why(op, *args).items() if reason == "ok"]
 
 
-def _double(args: tuple) -> tuple:
-    return backend.on_tensors(Tensor.double, args)
-
-
-def _forward(op: backend.Op, args: tuple) -> tuple[Tensor, Tensor | None]:
+def _with_h(results) -> tuple[Tensor, Tensor | None]:
     """y, and h of an op that keeps it for backward."""
-    results = op.reference(*args)
     return (results, None) if isinstance(results, Tensor) else results
 
 

@@ -179,17 +179,6 @@ std::tuple<at::Tensor, at::Tensor> lora_linear_fwd_cpu(const at::Tensor& x,
   return {y, h};
 }
 
-at::Tensor gain_gradient_cpu(const at::Tensor& kept, const at::Tensor& dy) {
-  const int64_t O = dy.size(-1), M = rows_in(dy);
-  at::Tensor dgain = at::zeros({O}, wide_options(dy));
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dy.scalar_type(), "gain", [&] {
-    if (M > 0)
-      gain_gradient(data<scalar_t>(kept), data<scalar_t>(dy), M, O,
-                    dgain.mutable_data_ptr<at::opmath_type<scalar_t>>());
-  });
-  return dgain;
-}
-
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_bwd_cpu(
     const at::Tensor& dy, const at::Tensor& x, const at::Tensor& h, const at::Tensor& weight,
     const at::Tensor& down, const at::Tensor& up, double scale,

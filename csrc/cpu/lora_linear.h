@@ -29,6 +29,4 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> lora_linear_keeping_cpu(
     const at::Tensor& down, const at::Tensor& up, double scale,
     const std::optional<at::Tensor>& gain, bool keep);
 
-at::Tensor gain_gradient_cpu(const at::Tensor& kept, const at::Tensor& dy);
-
 }  // namespace lorakern

@@ -6,10 +6,14 @@
 // would cost half a layer more.
 
 #include <ATen/ops/empty.h>
+#include <ATen/Dispatch.h>
+#include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/library.h>
 
+#include "gain.h"
+#include "linear.h"
 #include "lora_linear.h"
 
 namespace lorakern {
@@ -17,6 +21,18 @@ namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
+
+// dgain from the sums that forward kept
+at::Tensor gain_gradient_cpu(const at::Tensor& kept, const at::Tensor& dy) {
+  const int64_t O = dy.size(-1), M = rows_in(dy);
+  at::Tensor dgain = at::zeros({O}, wide_options(dy));
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dy.scalar_type(), "gain", [&] {
+    if (M > 0)
+      gain_gradient(data<scalar_t>(kept), data<scalar_t>(dy), M, O,
+                    dgain.mutable_data_ptr<at::opmath_type<scalar_t>>());
+  });
+  return dgain;
+}
 
 struct LoraLinear : torch::autograd::Function<LoraLinear> {
   // what gets a gradient comes first: needs_input_grad counts tensors
