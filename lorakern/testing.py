@@ -104,6 +104,8 @@ def lost_share(run: Callable[..., Tensor], delta_exact: Tensor, base_exact: Tens
 _FACTORS = {
     torch.ops.aten.mm.default: 2,
     torch.ops.aten.bmm.default: 2,
+    torch.ops.aten.mv.default: 2,
+    torch.ops.aten.dot.default: 2,
     torch.ops.aten.convolution.default: 2,
     torch.ops.aten.convolution_backward.default: 3,
 }

@@ -116,7 +116,7 @@ def test_names_are_taken_once(op):
 
 def test_the_spec_as_a_kernel_is_not_cast_by_autocast():
     x = torch.randn(8, 8, dtype=torch.bfloat16)
-    run = backend._in_float32(lambda a: a @ a)
+    run = backend._in_float32(lambda a: a @ a, [0])
     with torch.autocast("cpu", torch.bfloat16):
         inside = run(x)
     assert torch.equal(inside, run(x))

@@ -50,7 +50,6 @@ struct KronBackward : Block<scalar_t, kPairs> {
   const acc_t* scaled;
   Inner<acc_t>&turned, &straight;
   bool need_dx, need_dc, need_dd;
-  Rows rows_of;
   // dd is dD, or dd_up and dd_down one after the other
   acc_t *room, *dc, *dd;
   int64_t room_size;
@@ -58,7 +57,7 @@ struct KronBackward : Block<scalar_t, kPairs> {
   static int64_t size(const Kron<acc_t>& f, int64_t block) {
     const int64_t Pp = padded<acc_t>(f.P), Qp = padded<acc_t>(f.Q), Rp = padded<acc_t>(f.R);
     return block * (f.A * f.P + f.B * (f.Q + 2 * Pp + 2 * Rp)) + (f.A + f.P) * padded<acc_t>(f.B) +
-           f.B * Qp + 3 * kSlack<acc_t>;
+           f.B * Qp + dd_size(f) + 3 * kSlack<acc_t>;
   }
   static int64_t dd_size(const Kron<acc_t>& f) {
     return f.R ? f.P * padded<acc_t>(f.R) + f.R * padded<acc_t>(f.Q) : f.P * padded<acc_t>(f.Q);
@@ -66,7 +65,6 @@ struct KronBackward : Block<scalar_t, kPairs> {
 
   void start(int64_t slot, int64_t row, int64_t rows, acc_t* sums, int64_t ld) {
     const int64_t I = f.B * f.Q, O = f.A * f.P, Pp = padded<acc_t>(f.P), Bp = padded<acc_t>(f.B);
-    const bool add = row > slot * rows_of.per_slot;
     acc_t* const dy = room + slot * room_size;
     acc_t* const xs = dy + rows * O + kSlack<acc_t>;
     acc_t* const h = xs + rows * I + kSlack<acc_t>;
@@ -76,7 +74,8 @@ struct KronBackward : Block<scalar_t, kPairs> {
     acc_t* const s = t + rows * f.B * Pp;
     acc_t* const u = s + rows * f.B * Rp + kSlack<acc_t>;
     acc_t* const run = u + rows * f.B * Rp;
-    acc_t* const small = run + f.A * Bp;
+    acc_t* const block_dd = run + f.A * Bp;
+    acc_t* const small = block_dd + dd_size(f);
     acc_t* const slot_dc = dc + slot * f.A * Bp;
     acc_t* const slot_dd = dd + slot * dd_size(f);
     widen(dy, this->p.a + row * O, rows * O);
@@ -109,12 +108,13 @@ struct KronBackward : Block<scalar_t, kPairs> {
     if (f.R && (need_dx || need_dd)) straight.steps[0].multiply(u, t, Pp, all);
     if (need_dd && f.R) {
       // dd_up += Tᵀ S, dd_down += Uᵀ X
-      multiply_small<true>(slot_dd, t, Pp, f.P, s, Rp, all, f.R, add);
-      multiply_small<true>(slot_dd + f.P * Rp, u, Rp, f.R, xs, f.Q, all, f.Q, add);
+      multiply_small<true>(block_dd, t, Pp, f.P, s, Rp, all, f.R);
+      multiply_small<true>(block_dd + f.P * Rp, u, Rp, f.R, xs, f.Q, all, f.Q);
     } else if (need_dd) {
       // dD += Tᵀ X
-      multiply_small<true>(slot_dd, t, Pp, f.P, xs, f.Q, all, f.Q, add);
+      multiply_small<true>(block_dd, t, Pp, f.P, xs, f.Q, all, f.Q);
     }
+    for (int64_t i = 0; need_dd && i < dd_size(f); ++i) slot_dd[i] += block_dd[i];
     const acc_t* const last = f.R ? u : t;
     const int64_t ld_last = f.R ? Rp : Pp;
     for (int64_t m = 0; need_dx && m < rows; ++m) {

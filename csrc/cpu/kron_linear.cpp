@@ -117,9 +117,9 @@ SixTensors kron_linear_bwd_cpu(const at::Tensor& dy, const at::Tensor& x, const 
         const int64_t size = Op::size(f, rows.block) + kSlack<acc_t>;
         at::Tensor room = scratch<acc_t>(rows.slots * size, x.options());
         parts_c = scratch<acc_t>(rows.slots * f.A * Bp, x.options()).zero_();
-        parts_d = scratch<acc_t>(rows.slots * dd_size, x.options());
+        parts_d = scratch<acc_t>(rows.slots * dd_size, x.options()).zero_();
         Op op{{p}, f, data<scalar_t>(x), c.const_data_ptr<acc_t>(), turned, straight,
-              needs[0], need_dc, need_dd, rows, room.mutable_data_ptr<acc_t>(),
+              needs[0], need_dc, need_dd, room.mutable_data_ptr<acc_t>(),
               parts_c.mutable_data_ptr<acc_t>(), parts_d.mutable_data_ptr<acc_t>(), size};
         block_product(op, rows);
       });

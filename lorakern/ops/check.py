@@ -1,7 +1,12 @@
 """What the public functions of several ops ask of their tensors."""
 
+import os
+
 import torch
 from torch import Tensor
+
+# a rank is one tile of a Triton kernel
+TRITON_RANK = 128
 
 
 def alike(**tensors: Tensor | None) -> None:
@@ -76,3 +81,22 @@ def only_cuda(first: Tensor, *_) -> str | None:
     """Why a CUDA kernel does not run on these arguments; None when it does."""
     on = first.device.type
     return None if on == "cuda" else f"the tensors are on {on}; this kernel is for cuda"
+
+
+def refuse_triton(x: Tensor, *ranks: int) -> str | None:
+    """Why no Triton kernel runs on tensors like x with these ranks; None when one does."""
+    if x.dtype == torch.float64:
+        return "float64: the kernel sums in float32"
+    if max(ranks, default=0) > TRITON_RANK:
+        return f"rank {max(ranks)} is over {TRITON_RANK}"
+    return refuse_triton_device(x)
+
+
+def refuse_triton_device(x: Tensor) -> str | None:
+    """Why no Triton kernel runs where x is; None when one does."""
+    if x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return "bfloat16: Triton's interpreter misreads it" if x.dtype == torch.bfloat16 else None
+    if x.device.type != "cuda":
+        return f"x is on {x.device.type}; triton runs on cuda"
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return f"sm_{major}{minor}: the kernel needs sm_80" if major < 8 else None

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lorakern.ops import check
 from lorakern.ops.lora_linear import triton_tables
 from lorakern.ops.lora_linear.triton_tables import cdiv, hardware, padded
 
@@ -30,7 +31,7 @@ def refuse_fwd(q, keys, values, scales, masks, heads) -> str | None:
         return f"{q.shape[-1] // heads} channels a head is over {MAX_D}"
     if q.dtype == torch.float32 and q.shape[-1] // heads > MAX_D_FLOAT32:
         return f"float32 with {q.shape[-1] // heads} channels a head, over {MAX_D_FLOAT32}: spills"
-    return triton_tables.refuse_device(q)
+    return check.refuse_triton_device(q)
 
 
 def refuse_bwd(dout, q, keys, values, scales, masks, heads, needs) -> str | None:

@@ -7,11 +7,10 @@ from lorakern import backend
 from lorakern.backend import Kernel
 from lorakern.ops import check
 from lorakern.ops.hada_linear import reference
-from lorakern.ops.lora_linear import triton_tables as tables
 
 
 def _refuse_triton(x, weight, bias, down1, up1, down2, *_) -> str | None:
-    return tables.refuse(x, down1.shape[0], down2.shape[0])
+    return check.refuse_triton(x, down1.shape[0], down2.shape[0])
 
 
 def _refuse_triton_bwd(dy, x, weight, *factors_and_rest) -> str | None:

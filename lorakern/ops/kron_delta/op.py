@@ -7,11 +7,10 @@ from lorakern import backend
 from lorakern.backend import Kernel
 from lorakern.ops import check
 from lorakern.ops.kron_delta import reference
-from lorakern.ops.lora_linear import triton_tables as tables
 
 
 def _refuse_triton(c, *_) -> str | None:
-    return tables.refuse(c)
+    return check.refuse_triton(c)
 
 
 _fwd = backend.define(

@@ -7,11 +7,10 @@ from lorakern import backend
 from lorakern.backend import Kernel
 from lorakern.ops import check
 from lorakern.ops.kron_linear import reference
-from lorakern.ops.lora_linear import triton_tables as tables
 
 
 def _refuse_triton(x, *_) -> str | None:
-    return tables.refuse(x)
+    return check.refuse_triton(x)
 
 
 def _refuse_cuda(dy, x, *rest) -> str | None:

@@ -7,11 +7,10 @@ from lorakern import backend
 from lorakern.backend import Kernel
 from lorakern.ops import check
 from lorakern.ops.lora_delta import reference
-from lorakern.ops.lora_linear import triton_tables as tables
 
 
 def _refuse_triton(down, up, *_) -> str | None:
-    return tables.refuse(down, down.shape[0])
+    return check.refuse_triton(down, down.shape[0])
 
 
 _fwd = backend.define(

@@ -4,13 +4,14 @@ Nothing is tuned at run time. A plan is made once per shape and then looked up, 
 records the same launches that eager runs.
 """
 
-import os
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 
 import torch
 
-MAX_RANK = 128
+from lorakern.ops import check
+
+MAX_RANK = check.TRITON_RANK
 # a rank is padded to a power of two, and to 16, the least depth of a matrix instruction
 MIN_RANK = 16
 GROUP_M = 8
@@ -93,30 +94,11 @@ class Cut:
 
 
 def refuse_fwd(x, weight, bias, down, up, scale, gain) -> str | None:
-    return refuse(x, down.shape[0])
+    return check.refuse_triton(x, down.shape[0])
 
 
 def refuse_bwd(dy, x, h, weight, down, up, scale, gain, needs) -> str | None:
-    return refuse(x, down.shape[0])
-
-
-def refuse(x: torch.Tensor, *ranks: int) -> str | None:
-    """Why no Triton kernel runs on tensors like x with these ranks; None when one does."""
-    if x.dtype == torch.float64:
-        return "float64: the kernel sums in float32"
-    if max(ranks, default=0) > MAX_RANK:
-        return f"rank {max(ranks)} is over {MAX_RANK}"
-    return refuse_device(x)
-
-
-def refuse_device(x: torch.Tensor) -> str | None:
-    """Why no Triton kernel runs where x is; None when one does."""
-    if x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
-        return "bfloat16: Triton's interpreter misreads it" if x.dtype == torch.bfloat16 else None
-    if x.device.type != "cuda":
-        return f"x is on {x.device.type}; triton runs on cuda"
-    major, minor = torch.cuda.get_device_capability(x.device)
-    return f"sm_{major}{minor}: the kernel needs sm_80" if major < 8 else None
+    return check.refuse_triton(x, down.shape[0])
 
 
 @cache
