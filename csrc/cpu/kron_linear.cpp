@@ -142,15 +142,16 @@ SixTensors kron_linear_bwd_cpu(const at::Tensor& dy, const at::Tensor& x, const 
       dd = {matrix(sum, f.P, f.Q)};
     }
   });
-  const at::Tensor none = at::empty({0}, x.options());
+  // one each: results must not share memory
+  const auto none = [&] { return at::empty({0}, x.options()); };
   const auto rounded = [&](bool need, const at::Tensor& t) {
-    return need ? t.to(x.scalar_type()).contiguous() : none;
+    return need ? t.to(x.scalar_type()).contiguous() : none();
   };
   const auto back = [&](const at::Tensor& dwhole, const at::Tensor& up,
                         const std::optional<at::Tensor>& down, const bool* need) {
     const auto type = dwhole.scalar_type();
     const at::Tensor dup = need[0] && down ? at::matmul(dwhole, down->to(type).t()) : dwhole;
-    const at::Tensor ddown = need[1] && down ? at::matmul(up.to(type).t(), dwhole) : none;
+    const at::Tensor ddown = need[1] && down ? at::matmul(up.to(type).t(), dwhole) : none();
     return std::pair(rounded(need[0], dup), rounded(need[1], ddown));
   };
   const auto [dc_up, dc_down] = back(dc, c_up, c_down, &needs[1]);

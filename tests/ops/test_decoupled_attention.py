@@ -38,6 +38,12 @@ SHAPES = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def _no_interpreter(monkeypatch):
+    """It takes minutes: test_decoupled_attention_triton.py has shapes for it."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
 def name(value):
     return str(value).removeprefix("torch.").replace(" ", "")
 

@@ -31,6 +31,12 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=name)
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=name)
 
 
+@pytest.fixture(autouse=True)
+def _no_interpreter(monkeypatch):
+    """It takes minutes: test_hada_linear_triton.py has shapes for it."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
 def inputs(shape, dtype, device="cpu", bias=True, scale=0.7, gain=False):
     """The arguments, with outputs of about 1; x, the factors and gain ask for gradients."""
     lead, columns, out, first, second = shape

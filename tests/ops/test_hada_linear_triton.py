@@ -6,6 +6,7 @@ The cubins are those of hada_delta and lora_delta too.
 import pytest
 import torch
 
+from lorakern.ops.check import wide
 from lorakern.ops.lora_linear import triton_tables as tables
 from lorakern.testing import check_every_kernel, lost_share
 
@@ -26,7 +27,7 @@ def inputs(shape, dtype, device="cpu", gain=True):
     ]
     return (
         make(rows, columns), make(out, columns, std=columns**-0.5), make(out), *factors, 0.7,
-        1 + make(out, std=0.2) if gain else None,
+        (1 + make(out, std=0.2)).to(wide(dtype)) if gain else None,
     )  # fmt: skip
 
 
@@ -39,7 +40,8 @@ def test_matches(shape, dtype, gain, device):
     check_every_kernel("hada_linear_fwd", args)
     x, weight, _, *rest = args
     dy = torch.randn(len(x), len(weight), device=device).to(dtype)
-    for needs in NEEDS if gain else NEEDS[1:2]:
+    for *needs, need_dgain in NEEDS if gain else NEEDS[1:2]:
+        needs = [*needs, need_dgain and gain]
         check_every_kernel("hada_linear_bwd", (dy, x, weight, *rest, needs))
 
 
@@ -80,7 +82,7 @@ def test_a_small_update_is_not_lost(rank, ratio, device):
     delta, dense = delta.to(device), weight.double()
     y = lambda: hada_linear_fwd(x, weight, None, *factors, scale, None)  # noqa: E731
     assert abs(lost_share(y, x.double() @ delta.T, x.double() @ dense.T)) < 0.02
-    gain = torch.full((64,), 1 + 2**-10, dtype=torch.half, device=device)
+    gain = torch.full((64,), 1 + 2**-10, device=device)
     needs = [True, *[False] * 5]
     for g in (None, gain):
         dx = lambda g=g: hada_linear_bwd(x, x, weight, *factors, scale, g, needs)[0]  # noqa: E731

@@ -6,6 +6,7 @@ The cubins are those of kron_delta and of lora_linear with a gain too.
 import pytest
 import torch
 
+from lorakern.ops.check import wide
 from lorakern.testing import check_every_kernel, lost_share
 
 pytest.importorskip("triton")
@@ -27,7 +28,7 @@ def inputs(shape, ranks, dtype, device, gain):
     return (
         make(rows, B * Q), make(A * P, B * Q, std=(B * Q) ** -0.5), make(A * P),
         *factors(A, B, ranks[0]), *factors(P, Q, ranks[1]), 0.7,
-        1 + make(A * P, std=0.2) if gain else None,
+        (1 + make(A * P, std=0.2)).to(wide(dtype)) if gain else None,
     )  # fmt: skip
 
 
@@ -47,7 +48,8 @@ def test_matches(case, dtype, device):
     check_every_kernel("kron_linear_fwd", args)
     x, weight, _, *rest = args
     dy = torch.randn(len(x), len(weight), device=device).to(dtype)
-    for needs in NEEDS:
+    for *needs, need_dgain in NEEDS:
+        needs = [*needs, need_dgain and rest[-1] is not None]
         check_every_kernel("kron_linear_bwd", (dy, x, weight, *rest, needs))
 
 
@@ -75,7 +77,7 @@ def test_a_small_update_is_not_lost(sizes, ratio, device):
     assert abs(lost_share(y, x.double() @ delta.T, x.double() @ dense.T)) < 0.02
     base, update = x.double() @ dense, x.double() @ delta
     near = 2**-10
-    gain = torch.full((len(weight),), 1 + near, dtype=torch.half, device=device)
+    gain = torch.full((len(weight),), 1 + near, device=device)
     for g, change in ((None, update), (gain, near * base + (1 + near) * update)):
         back = (x, x, weight, c, None, d, None, scale, g, [True, *[False] * 5])
         dx = lambda back=back: kron_linear_bwd(*back)[0]  # noqa: E731

@@ -20,7 +20,7 @@ def hada_linear_bwd(dy, x, weight, down1, up1, down2, up2, scale, gain, needs):
         return _as_lora(dy, x, weight, factors, scale, gain, needs)
     M, (N, K) = x.shape[:-1].numel(), weight.shape
     dx = x.new_empty(x.shape if need_dx else 0)
-    dgain = x.new_empty(N if need_dgain else 0)
+    dgain = (x if gain is None else gain).new_empty(N if need_dgain else 0)
     if M == 0:
         pairs = zip(factors, need_factors, strict=True)
         return dx, *(f.new_zeros(f.shape if need else 0) for f, need in pairs), dgain.zero_()

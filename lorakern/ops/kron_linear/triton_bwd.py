@@ -109,12 +109,11 @@ def kron_linear_bwd(dy, x, weight, c_up, c_down, d_up, d_down, scale, gain, need
     c, d = (t.contiguous() for t in reference.whole(c_up, c_down, d_up, d_down))
     need_dx, *need_factors, need_dgain = needs
     need_dc, need_dd = any(need_factors[:2]), any(need_factors[2:])
-    dx, dgain, dc, dd = (
+    dx, dc, dd = (
         x.new_empty(shape if need else 0)
-        for shape, need in (
-            (x.shape, need_dx), (len(weight), need_dgain), (c.shape, need_dc), (d.shape, need_dd),
-        )
-    )  # fmt: skip
+        for shape, need in ((x.shape, need_dx), (c.shape, need_dc), (d.shape, need_dd))
+    )
+    dgain = (x if gain is None else gain).new_empty(len(weight) if need_dgain else 0)
     if x.numel() == 0:
         dgain, dc, dd = dgain.zero_(), dc.zero_(), dd.zero_()
     else:

@@ -82,10 +82,11 @@ def lora_linear_bwd(dy, x, h, weight, down, up, scale, gain, needs):
     dy, x, h, weight, down, up = (t.contiguous() for t in (dy, x, h, weight, down, up))
     need_dx, need_ddown, need_dup, need_dgain = needs
     M, (N, R) = x.shape[:-1].numel(), up.shape
-    dx, ddown, dup, dgain = (
+    dx, ddown, dup = (
         x.new_empty(shape if need else 0)
-        for shape, need in zip((x.shape, down.shape, up.shape, N), needs, strict=True)
+        for shape, need in zip((x.shape, down.shape, up.shape), needs[:3], strict=True)
     )
+    dgain = (x if gain is None else gain).new_empty(N if need_dgain else 0)
     if M == 0:
         return dx, ddown.zero_(), dup.zero_(), dgain.zero_()
     sums = []

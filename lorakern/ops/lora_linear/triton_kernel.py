@@ -167,7 +167,7 @@ def add(
     M, N, K = a.shape[:-1].numel(), y.shape[-1], a.shape[-1]
     R = 0 if up is None else up.shape[0] if transposed else up.shape[1]
     narrow = gain_k is not None or dy is not None
-    tile = tables.gemm(M, N, K, a.dtype, a.device, narrow)
+    tile = tables.gemm(M, N, K, a.dtype, a.device, narrow, gain_k is not None)
     # a rank that is not made inside is walked in steps, so it is not padded to a power of two
     block_r = tables.padded(R) if down is not None else min(32, tables.padded(R))
     slices = 0 if parts is None else parts.shape[0]

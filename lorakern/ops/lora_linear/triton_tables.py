@@ -123,11 +123,15 @@ def padded(rank: int) -> int:
 
 @lru_cache(maxsize=4096)
 def gemm(
-    m: int, n: int, k: int, dtype: torch.dtype, device: torch.device, narrow: bool = False
-) -> Tile:
-    """narrow: the tile shares its registers, so it has at most 128 columns."""
+    m: int, n: int, k: int, dtype: torch.dtype, device: torch.device,
+    narrow: bool = False, gained: bool = False,
+) -> Tile:  # fmt: skip
+    """narrow: the tile shares its registers, so it has at most 128 columns.
+
+    gained: a gain of the depth splits a in two, which leaves room for the last tile alone.
+    """
     tiles = GEMM[hardware(device)[0], dtype.itemsize]
-    tiles = [tile for tile in tiles if not narrow or tile.n <= 128]
+    tiles = tiles[-1:] if gained else [tile for tile in tiles if not narrow or tile.n <= 128]
     return _fastest(tiles, m, n, k, dtype, device)
 
 
