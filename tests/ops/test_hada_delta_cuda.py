@@ -57,7 +57,7 @@ def test_a_wrong_shape_or_dtype_is_named(cuda_host):
 
 def test_cpu_tensors_are_refused():
     args = inputs(20, 24, 3, 5, torch.float32)
-    assert backend.why("hada_delta_fwd", *args)["cuda"].startswith("tensors are on cpu")
+    assert backend.why("hada_delta_fwd", *args)["cuda"].startswith("the tensors are on cpu")
     assert hada_delta(*args).shape == (20, 24)
 
 

@@ -58,7 +58,7 @@ def test_a_wrong_shape_is_named(cuda_host):
 
 def test_cpu_tensors_are_refused():
     args = inputs(3, 5, 7, 8, torch.float32)
-    assert backend.why("kron_delta_fwd", *args)["cuda"].startswith("tensors are on cpu")
+    assert backend.why("kron_delta_fwd", *args)["cuda"].startswith("the tensors are on cpu")
     assert kron_delta(*args).shape == (21, 40)
 
 

@@ -95,7 +95,7 @@ def lora_linear_bwd(dy, x, h, weight, down, up, scale, gain, needs):
             plain = dict(parts=h.view(1, M, R), up=up, scale=scale)
             column_sums(sums, dgain, dy, x, weight, **plain)
         # to the update alone, one rounding of g·up is as small as that of h
-        gained_up = up if gain is None else gain[:, None] * up
+        gained_up = up if gain is None else (gain[:, None] * up).to(up.dtype)
         need_dh = need_dx or need_ddown
         in_one_pass = need_dh and need_dup and tables.one_pass(N, R, dy.dtype)
         if need_dh:
