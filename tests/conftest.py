@@ -2,8 +2,13 @@
 
 import os
 
+import hypothesis
 import pytest
 import torch
+
+# the same examples in every run; HYPOTHESIS_PROFILE=default looks for new ones
+hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 if not torch.cuda.is_available():
     # Triton kernels then run on the CPU, slowly; read once, when triton is imported

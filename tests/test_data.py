@@ -173,7 +173,7 @@ def test_fit_covers_and_crops_the_middle():
     assert stretched.shape == (3, 16, 16) and (stretched == -1).all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     buckets=st.lists(st.sampled_from([(64, 64), (64, 128), (128, 64)]), min_size=1, max_size=40),
     batch_size=st.integers(1, 9),

@@ -10,6 +10,7 @@
 
 #include <cmath>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "pack.h"
@@ -81,6 +82,12 @@ struct Group {
     return mask ? c * static_cast<acc_t>(mask[b * mask_step + row]) : c;
   }
 
+  // to 1 unit in the last place; to 20 where the result is rounded to 16 bits
+  static Vec exponential(const Vec& x) {
+    if constexpr (std::is_same_v<scalar_t, acc_t>) return x.exp();
+    return x.exp_u20();
+  }
+
   // visit(i, keep) for each vector of a row: keep(x, y) is x in lanes of the group, y elsewhere
   template <typename Visit>
   void each_vector(const Visit& visit) const {
@@ -102,7 +109,7 @@ struct Group {
     const auto larger = [](const Vec& a, const Vec& b) { return at::vec::clamp_min(a, b); };
     const Vec largest(at::vec::vec_reduce_all<acc_t>(larger, top)), by_factor(factor);
     each_vector([&](int64_t i, auto keep) {
-      const Vec x = Vec::loadu(s + i), e = ((x - largest) * by_factor).exp_u20();
+      const Vec x = Vec::loadu(s + i), e = exponential((x - largest) * by_factor);
       keep(e, x).store(s + i);
       sum = sum + keep(e, Vec(acc_t(0)));
       if constexpr (kBackward) dot = dot + keep(e * Vec::loadu(dp + i), Vec(acc_t(0)));
@@ -174,12 +181,18 @@ struct Attention {
         q(q_), factor(1 / std::sqrt(static_cast<acc_t>(d))) {}
 
   void add(Group<scalar_t> g) {
-    g.first = T;
     g.sums = wanted;
     T += g.T;
     Tp = padded<acc_t>(T);
     wanted += g.wanted ? g.T : 0;
     groups.push_back(g);
+    // Few keys weigh more each than many. They come last in the sum over all: after a large term
+    // every small one would be rounded to its grid.
+    for (auto& a : groups) {
+      a.first = 0;
+      for (const auto& b : groups)
+        if (b.T > a.T || (b.T == a.T && &b < &a)) a.first += b.T;
+    }
   }
 
   int64_t work() const { return 2 * B * Q * C * T; }
@@ -188,8 +201,8 @@ struct Attention {
   template <bool kPairs>
   void pack_columns(acc_t* out, acc_t* gathered, Operand operand, int64_t b, int64_t h) const {
     const int64_t k = kPairs ? d / 2 : d;
-    acc_t* row = gathered;
     for (const auto& g : groups) {
+      acc_t* row = gathered + g.first * k;
       const scalar_t* from = g.*operand + b * g.T * C + h * d;
       for (int64_t t = 0; t < g.T; ++t, row += k, from += C) {
         if constexpr (kPairs) {

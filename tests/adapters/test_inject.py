@@ -295,7 +295,7 @@ STEP = st.one_of(
 )
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(steps=st.lists(STEP, max_size=6), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
 def test_any_order_of_calls_gives_the_base_back(steps, dtype):
     model = model_of(1).to(dtype)

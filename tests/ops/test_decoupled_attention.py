@@ -139,7 +139,7 @@ def problems(draw):
     return (*sizes, tuple(groups), tuple(masked))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(shape=problems(), dtype=st.sampled_from(DTYPES), wanted=st.integers(0, 31))
 def test_any_groups(shape, dtype, wanted):
     torch.manual_seed(0)
