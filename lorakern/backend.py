@@ -137,6 +137,13 @@ def forced(op: str | Op) -> str | None:
     return _forced.get(_find(op).name, _forced.get("*"))
 
 
+def whole(fwd: Op, bwd: Op, function: str, *args) -> Callable | None:
+    """The native function that is both directions of cpp, where forward's arguments pick cpp."""
+    if pick(fwd, *args) == "cpp" and forced(bwd) in (None, "cpp"):
+        return getattr(torch.ops.lorakern_native, function).default
+    return None
+
+
 def memory_of_picks() -> dict:
     """A dictionary for what follows from picks; it is emptied when `use` begins or ends."""
     _memories.append({})

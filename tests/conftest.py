@@ -2,6 +2,9 @@
 
 import os
 
+# threads that wait would take the core of a second test process
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import hypothesis
 import pytest
 import torch

@@ -15,6 +15,7 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include "four_factors.h"
 #include "gain.h"
 #include "hada_tile.h"
 #include "lora_linear.h"
@@ -118,9 +119,6 @@ at::Tensor hada_linear_fwd_cpu(const at::Tensor& x, const at::Tensor& weight,
   return y;
 }
 
-using SixTensors =
-    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-
 SixTensors hada_linear_bwd_cpu(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight,
                                const at::Tensor& down1, const at::Tensor& up1,
                                const at::Tensor& down2, const at::Tensor& up2, double scale,
@@ -147,7 +145,7 @@ SixTensors hada_linear_bwd_cpu(const at::Tensor& dy, const at::Tensor& x, const 
     return need && M > 0 ? at::empty(sizes, x.options())
                          : at::zeros(need ? sizes : at::IntArrayRef{0}, x.options());
   };
-  at::Tensor dx = make(needs[0], x.sizes()), 
+  at::Tensor dx = make(needs[0], x.sizes()),
              dgain = at::zeros({needs[5] ? O : 0}, gain ? gain->options() : x.options());
   std::array<at::Tensor, 4> grads;
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "hada_linear", [&] {
@@ -175,8 +173,7 @@ SixTensors hada_linear_bwd_cpu(const at::Tensor& dy, const at::Tensor& x, const 
           [&](int64_t o_tile, int64_t i_tile, int64_t o, int64_t rows, int64_t i, int64_t cols,
               auto* t, int64_t ld) {
             for (int64_t r = 0; r < rows; ++r) {
-              const auto by = gains ? h.scale * gains[o + r]
-                                    : h.scale;
+              const auto by = gains ? h.scale * gains[o + r] : h.scale;
               for (int64_t c = 0; c < cols; ++c) t[r * ld + c] *= by;
             }
             sums.add(o_tile, i_tile, o, rows, i, cols, t, ld);

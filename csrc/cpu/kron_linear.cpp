@@ -10,6 +10,7 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include "four_factors.h"
 #include "gain.h"
 #include "kron_block.h"
 #include "linear.h"
@@ -71,9 +72,6 @@ at::Tensor kron_linear_fwd_cpu(const at::Tensor& x, const at::Tensor& weight,
   });
   return y;
 }
-
-using SixTensors =
-    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 SixTensors kron_linear_bwd_cpu(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight,
                                const at::Tensor& c_up, const std::optional<at::Tensor>& c_down,

@@ -8,13 +8,12 @@
 #include <ATen/ops/empty.h>
 #include <ATen/Dispatch.h>
 #include <ATen/ops/zeros.h>
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/library.h>
 
 #include "gain.h"
 #include "linear.h"
 #include "lora_linear.h"
+#include "once.h"
 
 namespace lorakern {
 namespace {
@@ -67,17 +66,7 @@ struct LoraLinear : torch::autograd::Function<LoraLinear> {
     for (size_t i = 0; i < 3; ++i) {
       if (!needs[i]) grads[i] = at::Tensor();
     }
-    return at::GradMode::is_enabled() ? once(std::move(grads)) : grads;
-  }
-
-  // grads that raise when they are differentiated in turn
-  static variable_list once(variable_list grads) {
-    for (auto& grad : grads) {
-      if (grad.defined()) grad = grad.detach().set_requires_grad(true);
-    }
-    const auto raises = std::make_shared<torch::autograd::DelayedError>(
-        "lora_linear is differentiable once: its backward has no gradient", grads.size());
-    return (*raises)(std::move(grads));
+    return once(std::move(grads), "lora_linear");
   }
 };
 

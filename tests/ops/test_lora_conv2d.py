@@ -7,12 +7,13 @@ from torch._dynamo.testing import CompileCounter
 
 from lorakern import backend, functional
 from lorakern.functional import lora_conv2d
-from lorakern.ops.lora_conv2d import reference
+from lorakern.ops.lora_conv2d import concat, reference
 from lorakern.testing import (
     DTYPES,
     assert_as_exact_as_torch,
     check_backward_formula,
     check_every_kernel,
+    exactly,
     lost_share,
 )
 
@@ -64,6 +65,33 @@ def test_matches_reference(shape, dtype, device):
         "lora_conv2d_bwd",
         (torch.randn_like(y), x, h, weight, down, up, *rest, [True, True, True]),
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("kernel", [(3, 3), (1, 5)], ids=str)
+def test_one_convolution_of_more_channels(kernel, dtype, device, monkeypatch):
+    """`concat` on CPUs too, whose 16-bit convolutions it refuses for their speed."""
+    padding, dilation = [k - 1 for k in kernel], (2, 2)
+    shape = (2, 24, 19, 13, 40, 5, kernel, (1, 1), padding, dilation, 1)
+    x, weight, _, down, up, *rest = args = detached(inputs(shape, dtype, device))
+    results = concat.lora_conv2d_fwd(*args)
+    backward = (torch.randn_like(results[0]), x, results[1], weight, down, up, *rest)
+    backward = (*backward, [True, True, True])
+    for function, given in (("lora_conv2d_fwd", args), ("lora_conv2d_bwd", backward)):
+        spec, mine = getattr(reference, function), getattr(concat, function)
+        for got, exact, same in zip(mine(*given), exactly(spec, *given), spec(*given), strict=True):
+            assert_as_exact_as_torch(function, got, exact, same)
+
+
+def test_concat_is_for_16_bit_and_pixels_that_stay():
+    x, *rest = detached(inputs(SHAPES[0], torch.bfloat16))
+    far = x.to("meta")
+    assert concat.refuse_fwd(far, *rest) is None
+    assert "float32" in concat.refuse_fwd(far.float(), *rest)
+    assert "pixels of h" in concat.refuse_fwd(far, *rest[:5], [2, 2], *rest[6:])
+    assert "pixels of h" in concat.refuse_fwd(far, *rest[:6], [0, 1], *rest[7:])
+    assert "groups" in concat.refuse_bwd(far, *rest[:-1], 2, [True] * 3)
+    assert concat.refuse_bwd(far, *rest, [True] * 3) is None
 
 
 def functional_fwd(*args):
@@ -129,17 +157,18 @@ def test_padding_is_conv2ds(padding, kernel):
 @pytest.mark.parametrize("size", [1e-4, 1e-3, 1e-2])
 def test_a_small_update_is_not_lost(dtype, size):
     x, weight, bias, down, up, _, *window = detached(
-        inputs((8, 8, 64, 64, 48, 4, (3, 3), (1, 1), (1, 1), (1, 1), 1), dtype)
+        inputs((16, 8, 64, 64, 96, 4, (3, 3), (1, 1), (1, 1), (1, 1), 1), dtype)
     )
-    # 1.5 M outputs: the rounding of the base averages out to 0.6 % of the smallest update
+    # 6 M outputs: the rounding of the base averages out to 0.6 % of the smallest update
     exact = [t.double() for t in (x, weight, bias, down, up)]
     delta = (exact[4].flatten(1) @ exact[3].flatten(1)).view_as(weight)
     scale = size * (exact[1].norm() / delta.norm()).item()
     stride, padding, dilation, groups = window
     base = F.conv2d(exact[0], exact[1], exact[2], stride, padding, dilation, groups)
     delta_y = F.conv2d(exact[0], scale * delta, None, stride, padding, dilation, groups)
-    lost = lost_share(lambda: lora_conv2d(x, weight, bias, down, up, scale, *window), delta_y, base)
-    assert abs(lost) < 0.02
+    for run in (lora_conv2d, lambda *args: concat.lora_conv2d_fwd(*args)[0]):
+        y = run(x, weight, bias, down, up, scale, *window)
+        assert abs(lost_share(lambda y=y: y, delta_y, base)) < 0.02
 
 
 def test_channels_last_stays():

@@ -1,11 +1,11 @@
 """hada_linear: the frozen linear layer and its Hadamard update in one pass."""
 
-import torch
 from torch import Tensor
 
 from lorakern import backend
 from lorakern.backend import Kernel
 from lorakern.ops import check
+from lorakern.ops.four_factors import FourFactors
 from lorakern.ops.hada_linear import reference
 
 
@@ -36,21 +36,7 @@ _bwd = backend.define(
 )
 
 
-class _HadaLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias, down1, up1, down2, up2, gain, scale):
-        ctx.save_for_backward(x, weight, down1, up1, down2, up2, gain)
-        ctx.scale = scale
-        return _fwd(x, weight, bias, down1, up1, down2, up2, scale, gain)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
-        *tensors, gain = ctx.saved_tensors
-        needs = [ctx.needs_input_grad[i] for i in (0, 3, 4, 5, 6, 7)]
-        grads = _bwd(dy.contiguous(), *tensors, ctx.scale, gain, needs)
-        dx, *dfactors = (g if need else None for g, need in zip(grads, needs, strict=True))
-        return dx, None, None, *dfactors, None
+_run = FourFactors(_fwd, _bwd, "hada_linear_cpu")
 
 
 def hada_linear(
@@ -88,6 +74,7 @@ def hada_linear(
 
     Source: Hyeon-Woo et al. 2022, arXiv:2108.06098; Yeh et al. 2023, arXiv:2309.14859.
     """
+    factors = (down1, up1, down2, up2)
     check.frozen_linear(x, weight, bias, gain, down1=down1, up1=up1, down2=down2, up2=up2)
     check.matrices(down1=down1, down2=down2)
     (out_features, in_features), first, second = weight.shape, down1.shape[0], down2.shape[0]
@@ -97,5 +84,4 @@ def hada_linear(
         down2=(down2, [second, in_features]),
         up2=(up2, [out_features, second]),
     )
-    factors = (down1, up1, down2, up2)
-    return _HadaLinear.apply(x.contiguous(), weight, bias, *factors, gain, check.live(scale))
+    return _run(x, weight, bias, factors, scale, gain)

@@ -6,6 +6,7 @@ from torch import Tensor
 from lorakern import backend
 from lorakern.backend import Kernel
 from lorakern.ops import check
+from lorakern.ops.four_factors import FourFactors
 from lorakern.ops.kron_linear import reference
 
 
@@ -46,21 +47,7 @@ _bwd = backend.define(
 )
 
 
-class _KronLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias, c_up, c_down, d_up, d_down, gain, scale):
-        ctx.save_for_backward(x, weight, c_up, c_down, d_up, d_down, gain)
-        ctx.scale = scale
-        return _fwd(x, weight, bias, c_up, c_down, d_up, d_down, scale, gain)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
-        *tensors, gain = ctx.saved_tensors
-        needs = [ctx.needs_input_grad[i] for i in (0, 3, 4, 5, 6, 7)]
-        grads = _bwd(dy.contiguous(), *tensors, ctx.scale, gain, needs)
-        dx, *dfactors = (g if need else None for g, need in zip(grads, needs, strict=True))
-        return dx, None, None, *dfactors, None
+_run = FourFactors(_fwd, _bwd, "kron_linear_cpu")
 
 
 def kron_linear(
@@ -115,5 +102,4 @@ def kron_linear(
         raise ValueError(
             f"C {sizes[0]} and D {sizes[1]} multiply to {made}, weight is {list(weight.shape)}"
         )
-    x = x.contiguous()
-    return _KronLinear.apply(x, weight, bias, *factors.values(), gain, check.live(scale))
+    return _run(x, weight, bias, tuple(factors.values()), scale, gain)

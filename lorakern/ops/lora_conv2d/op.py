@@ -6,13 +6,16 @@ from torch import Tensor
 from torch.nn.modules.utils import _pair
 
 from lorakern import backend
-from lorakern.ops.lora_conv2d import reference
+from lorakern.backend import Kernel
+from lorakern.ops import check
+from lorakern.ops.lora_conv2d import concat, reference
 
 _fwd = backend.define(
     "lora_conv2d_fwd",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor down, Tensor up, Tensor scale,"
     " int[2] stride, int[2] padding, int[2] dilation, int groups) -> (Tensor y, Tensor h)",
     reference.lora_conv2d_fwd,
+    concat=Kernel("lorakern.ops.lora_conv2d.concat:lora_conv2d_fwd", concat.refuse_fwd),
 )
 _bwd = backend.define(
     "lora_conv2d_bwd",
@@ -20,6 +23,7 @@ _bwd = backend.define(
     " int[2] stride, int[2] padding, int[2] dilation, int groups, bool[3] needs)"
     " -> (Tensor dx, Tensor ddown, Tensor dup)",
     reference.lora_conv2d_bwd,
+    concat=Kernel("lorakern.ops.lora_conv2d.concat:lora_conv2d_bwd", concat.refuse_bwd),
 )
 
 
@@ -84,8 +88,7 @@ def lora_conv2d(
     stride, dilation = _pair(stride), _pair(dilation)
     if isinstance(padding, str):
         x, padding = _pad_as_named(x, weight, padding, stride, dilation)
-    if torch.compiler.is_compiling() and not isinstance(scale, Tensor):
-        scale = torch.tensor(scale, dtype=torch.float64)
+    scale = check.live(scale)
     window = ([*stride], [*_pair(padding)], [*dilation], groups)
     return _LoraConv2d.apply(x, weight, bias, down, up, scale, *window)
 
@@ -99,10 +102,7 @@ def _check(x, weight, bias, down, up, groups) -> None:
     for name, factor in (("down", down), ("up", up)):
         if list(factor.shape) != wanted[name]:
             raise ValueError(f"want {name} {wanted[name]}, got {list(factor.shape)}")
-    tensors = [t for t in (x, weight, bias, down, up) if t is not None]
-    for what in ("dtype", "device"):
-        if len({getattr(t, what) for t in tensors}) > 1:
-            raise ValueError(f"mixed {what}s: {', '.join(str(getattr(t, what)) for t in tensors)}")
+    check.alike(x=x, weight=weight, bias=bias, down=down, up=up)
     if bias is not None and bias.shape != (out_channels,):
         raise ValueError(f"want bias [{out_channels}], got {list(bias.shape)}")
     if weight.requires_grad or (bias is not None and bias.requires_grad):

@@ -24,22 +24,22 @@ def lora_conv2d_bwd(dy, x, h, weight, down, up, scale, stride, padding, dilation
     dx = ddown = dup = x.new_empty(0)
     window = (stride, padding, dilation)
     need_dh = need_dx or need_ddown
-    dh, dup_unscaled = _gradients(dy, h, up, ([1, 1], [0, 0], [1, 1]), groups, need_dh, need_dup)
+    dh, dup_unscaled = gradients(dy, h, up, ([1, 1], [0, 0], [1, 1]), groups, need_dh, need_dup)
     if need_dup:
         dup = scale * dup_unscaled
     if need_dh:
         dh_GR, x_GI = split_groups(scale * dh, groups), split_groups(x, groups)
-        dx_GI, ddown_needed = _gradients(dh_GR, x_GI, down, window, 1, need_dx, need_ddown)
+        dx_GI, ddown_needed = gradients(dh_GR, x_GI, down, window, 1, need_dx, need_ddown)
         if need_ddown:
             ddown = ddown_needed
         if need_dx:
-            dx = _gradients(dy, x, weight, window, groups, True, False)[0] + join_groups(
+            dx = gradients(dy, x, weight, window, groups, True, False)[0] + join_groups(
                 dx_GI, groups
             )
     return dx, ddown, dup
 
 
-def _gradients(dy, x, weight, window, groups, need_dx, need_dweight):
+def gradients(dy, x, weight, window, groups, need_dx, need_dweight):
     needs = [need_dx, need_dweight, False]
     return torch.ops.aten.convolution_backward(
         dy, x, weight, None, *window, False, [0, 0], groups, needs

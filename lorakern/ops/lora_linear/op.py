@@ -55,14 +55,8 @@ class _LoraLinear(torch.autograd.Function):
         return dx, None, None, *rest, None
 
 
-# by dtype of a CPU tensor: the native function that is both directions of cpp, or False where
-# something else was picked. cpp does not refuse by shape, so a dtype decides.
-_whole: dict[torch.dtype, Callable | bool] = backend.memory_of_picks()
-
-
-def _find_whole(*args) -> Callable | bool:
-    on_cpp = backend.pick(_fwd, *args) == "cpp" and backend.forced(_bwd) in (None, "cpp")
-    return on_cpp and torch.ops.lorakern_native.lora_linear_cpu.default
+# by dtype of a CPU tensor; cpp does not refuse by shape, so a dtype decides
+_whole: dict[torch.dtype, Callable | None] = backend.memory_of_picks()
 
 
 def lora_linear(
@@ -113,8 +107,9 @@ def lora_linear(
         check.frozen_linear(x, weight, bias, gain, down=down, up=up)
         check.shapes(down=(down, [rank, in_features]), up=(up, [out_features, rank]))
     if x.is_cpu and not isinstance(scale, Tensor) and not torch.compiler.is_compiling():
-        if (whole := _whole.get(x.dtype)) is None:
-            whole = _whole[x.dtype] = _find_whole(x, weight, bias, down, up, scale, gain)
-        if whole:
-            return whole(x.contiguous(), weight, bias, down, up, scale, gain)
+        args = x.contiguous(), weight, bias, down, up, scale, gain
+        if dtype not in _whole:
+            _whole[dtype] = backend.whole(_fwd, _bwd, "lora_linear_cpu", *args)
+        if run := _whole[dtype]:
+            return run(*args)
     return _LoraLinear.apply(x.contiguous(), weight, bias, down, up, gain, check.live(scale))
