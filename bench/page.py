@@ -181,8 +181,8 @@ def _steps(group: Group) -> str:
         rival = f" beside {_text(_name(verdict.rival.backend))}, {verdict.ratio:.3f}×" * bool(word)
         parts.append(
             f"<h4>{_text(case)}, {_text(group.dtype)}{word}{rival}</h4>"
-            "<table class=chart><thead><tr><th><th class=bar>step<th class=n>over frozen<th class=n>"
-            "images/s<th class=bar>peak memory<th class=n>saved MiB</tr></thead>"
+            "<table class=chart><thead><tr><th><th class=bar>step<th class=n>over frozen"
+            "<th class=n>images/s<th class=bar>peak memory<th class=n>saved MiB</tr></thead>"
             f"<tbody>{''.join(lines)}</tbody></table>"
         )
     return "".join(parts)
@@ -253,7 +253,9 @@ def _rows(groups: list[Group]) -> str:
     heads = ("case", "dtype", "direction", "arm", "median µs", "IQR", "over floor", "GB/s",
              "of its kind", "commit", "date")  # fmt: skip
     head = "".join(f"<th>{h}" for h in heads)
-    return f"<table class=rows><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+    return (
+        f"<table class=rows><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+    )
 
 
 def _legend(rows: list[Row]) -> str:
@@ -273,9 +275,7 @@ def _strip(axis: Axis, marks: str) -> str:
 
 
 def _scale(axis: Axis, before: int, after: int) -> str:
-    numbers = "".join(
-        f"<text x='{axis.place(t):.2f}%' y=12>{t:g}</text>" for t in axis.ticks
-    )
+    numbers = "".join(f"<text x='{axis.place(t):.2f}%' y=12>{t:g}</text>" for t in axis.ticks)
     return (
         f"<tr class=scale><td colspan={before}></td><td class=strip><svg width='100%' height=16>"
         f"{numbers}</svg></td><td colspan={after}></td></tr>"
@@ -347,8 +347,8 @@ checked. A cost is the time over that of the frozen layer in the same round: 1 i
 <footer><p>Only measured rows, the newest of each device, op, case, dtype, direction and arm. Means
 are geometric, over training (forward and backward, or a step). Filled dots are training, hollow
 ones a forward alone; in the charts of an op, hollow dots are kernels called by themselves.
-<b>Level</b> is apart by less than 2 %, or than two standard errors of the medians, or measured
-once. The rival is the fastest layer of another library; an op that no library has is beside plain
-torch.</p></footer>
+<b>Level</b> is apart by less than 2 %, or than two standard errors of the medians, or in fewer
+than three rounds. The rival is the fastest layer of another library; an op that no library has is
+beside plain torch.</p></footer>
 </main></body></html>
 """

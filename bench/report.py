@@ -121,7 +121,7 @@ def read(folder: Path) -> list[Row]:
     files = sorted(folder.glob("*.csv"))
     if not files:
         raise ValueError(f"no CSV file in {folder}; python -m bench.run lora_linear --record")
-    return [row for file in files for row in _read(file)]
+    return [row for file in files for row in read_file(file)]
 
 
 def newest(rows: list[Row]) -> list[Row]:
@@ -239,7 +239,7 @@ def with_table(readme: str, found: list[Group]) -> str:
     return f"{before}{BEGIN}\n\n{table(found)}\n\n{END}{after}"
 
 
-def _read(file: Path) -> list[Row]:
+def read_file(file: Path) -> list[Row]:
     with file.open(encoding="utf-8", newline="") as text:
         reader = csv.DictReader(text)
         lacking = [c for c in record.COLUMNS if c not in (reader.fieldnames or ())]
@@ -270,8 +270,8 @@ def _value(field: dataclasses.Field, line: dict) -> float | str:
 
 
 def _error(row: Row) -> float:
-    # of a median, for normal noise: 1.253 σ/√n with σ = IQR/1.349; one round says nothing
-    if row.rounds == "" or row.rounds < 2:
+    # of a median, for normal noise: 1.253 σ/√n with σ = IQR/1.349; two rounds do not tell σ
+    if row.rounds == "" or row.rounds < 3:
         return math.inf
     return 0.93 * row.iqr_us / row.median_us / math.sqrt(row.rounds)
 
