@@ -28,9 +28,10 @@ KIB, MIB = 2**10, 2**20
 
 @dataclass(frozen=True)
 class Axis:
-    """A logarithmic axis over these values; 0 is drawn at its left end."""
+    """A logarithmic axis over these values, 0 at its left end; or a linear one of shares."""
 
     values: list[float]
+    shares: bool = False
 
     @property
     def ends(self) -> tuple[float, float]:
@@ -39,12 +40,16 @@ class Axis:
 
     def place(self, value: float) -> float:
         """Percent of the width."""
+        if self.shares:
+            return 1.5 + 97 * min(max(value, 0.0), 1.0)
         low, high = self.ends
         return 1.5 + 97 * max(0.0, math.log(value / low) / math.log(high / low) if value else 0)
 
     @property
     def ticks(self) -> list[float]:
         """Few round numbers."""
+        if self.shares:
+            return [0.0, 0.25, 0.5, 0.75, 1.0]
         low, high = self.ends
         powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         for steps in ((1, 1.1, 1.2, 1.3, 1.5, 1.7, 2, 2.5, 3, 4, 5, 6, 7, 8, 9),
@@ -75,7 +80,8 @@ def _summary(device: str, groups: list[Group]) -> str:
     tiles = ""
     if trained:
         mean = report.geometric_mean([v.ratio for v in trained])
-        tiles += _tile(f"{mean:.2f}×", "of the best rival’s time in training", "big")
+        said = f"of the best rival’s time in training, mean of {len(trained)}"
+        tiles += _tile(f"{mean:.2f}×", said, "big")
     tiles += "".join(_tile(str(n), word, word) for word, n in report.count(judged).items())
     parts.append(f"<div class=tiles>{tiles}</div>")
 
@@ -97,15 +103,15 @@ def _summary(device: str, groups: list[Group]) -> str:
             f"<td class=strip>{_strip(axis, marks)}</td><td class=n>{mean:.2f}</td>{cells}</tr>"
         )
     parts.append(
-        "<table class=chart><thead><tr><th>op<th>dtype<th class=strip>time of lorakern over the "
-        "best rival’s, a dot a case<th class=n>mean<th class=n>faster<th class=n>level<th class=n>"
+        "<table class=chart><thead><tr><th>op<th class=short>dtype<th class=strip>time of lorakern "
+        "over the best rival’s, a dot a case<th class=n>mean<th class=n>faster<th class=n>level<th class=n>"
         f"slower</tr></thead><tbody>{''.join(lines)}{_scale(axis, 2, 4)}</tbody></table></section>"
     )
     return "".join(parts)
 
 
 def _details(device: str, groups: list[Group]) -> str:
-    parts = [f"<section><h2>{_text(device)}</h2>"]
+    parts = [f"<section><h2>{_text(device)}, op by op</h2>"]
     for op in sorted({g.op for g in groups}, key=_steps_first):
         mine = [g for g in groups if g.op == op]
         mine.sort(key=lambda g: g.direction not in TRAINING)
@@ -114,7 +120,7 @@ def _details(device: str, groups: list[Group]) -> str:
         if op == "train_step":
             parts += map(_steps, mine)
         else:
-            parts.append(_legend(rows))
+            parts += [_legend(rows), _kernels(mine)]
             parts += map(_costs, mine)
             parts.append(_fold("Saved for backward, beyond parameters and input", _saved(mine)))
             parts.append(_fold("Exactness: share of a small update that is lost", _lost(mine)))
@@ -137,21 +143,21 @@ def _costs(group: Group) -> str:
             )
         # lorakern last, so that it lies on top
         for row in sorted(arms.values(), key=lambda r: r.backend == "lorakern"):
-            said = f"{_name(row.backend)} {row.cost_over_frozen:.3f}×, {row.median_us:.4g} µs"
-            said += f" ± {row.iqr_us:.2g} IQR"
+            said = f"{_name(row.backend)} {row.cost_over_frozen:.3f}×, {_number(row.median_us)} µs"
+            said += f" (IQR {_number(row.iqr_us)})"
             marks += _dot(axis.place(row.cost_over_frozen), row, said)
         strip = _strip(axis, marks)
         lines.append(f"<tr><th>{_text(case)}</th><td class=strip>{strip}</td>{words}</tr>")
     floor = next((_name(r.backend) for r in rows if report.is_floor(r)), "floor")
     chart = (
-        f"<table class=chart><thead><tr><th>{_text(group.dtype)}<th class=strip>time over that of "
-        f"the {_text(floor)}<th class=n>lorakern<th>beside the best rival</tr></thead>"
+        f"<table class=chart><thead><tr><th><th class=strip>time over that of "
+        f"the {_text(floor)}<th class=n>lorakern<th class=words>beside the best rival</tr></thead>"
         f"<tbody>{''.join(lines)}{_scale(axis, 1, 2)}</tbody></table>"
     )
     said = f"{DIRECTIONS.get(group.direction, group.direction)}, {group.dtype}"
     if group.direction in TRAINING and len(group.cases) <= 20:
         return f"<h4>{_text(said)}</h4>{chart}"
-    return _fold(f"{said}, {len(group.cases)} cases", chart)
+    return _fold(said, chart)
 
 
 def _steps(group: Group) -> str:
@@ -177,10 +183,12 @@ def _steps(group: Group) -> str:
                 f"<td class=n>{row.cost_over_frozen:.3f}</td><td class=n>{images}</td>"
                 f"<td class=bar>{peak}</td><td class=n>{saved}</td></tr>"
             )
-        word = f" — lorakern is <span class={verdict.word}>{verdict.word}</span>" if verdict else ""
-        rival = f" beside {_text(_name(verdict.rival.backend))}, {verdict.ratio:.3f}×" * bool(word)
+        said = f"{case}, {group.dtype}"
+        if verdict:
+            said += f": {verdict.ratio:.3f}× the time of {_name(verdict.rival.backend)}"
+        word = verdict.word if verdict else ""
         parts.append(
-            f"<h4>{_text(case)}, {_text(group.dtype)}{word}{rival}</h4>"
+            f"<h4>{_text(said)} <span class='{word}'>{word}</span></h4>"
             "<table class=chart><thead><tr><th><th class=bar>step<th class=n>over frozen"
             "<th class=n>images/s<th class=bar>peak memory<th class=n>saved MiB</tr></thead>"
             f"<tbody>{''.join(lines)}</tbody></table>"
@@ -190,44 +198,57 @@ def _steps(group: Group) -> str:
 
 def _saved(groups: list[Group]) -> str:
     """Bytes that each layer keeps for backward; all directions keep the same."""
-    return "".join(
-        _plain_chart(g, "saved_bytes", "KiB", 1 / KIB) for g in groups if g.direction in TRAINING
-    )
+    return "".join(_plain_chart(g, "saved_bytes") for g in groups if g.direction in TRAINING)
 
 
 def _lost(groups: list[Group]) -> str:
-    """What is below a thousandth, or gained, is drawn at 0."""
-    return "".join(
-        _plain_chart(g, "lost_share", "share lost", 1.0) for g in groups
-        if g.direction in TRAINING and g.dtype in ("bfloat16", "float16")
-    )  # fmt: skip
+    """Where rounding to 16 bits loses it; what an output gains by luck is drawn at 0."""
+    half = [g for g in groups if g.dtype in ("bfloat16", "float16")]
+    return "".join(_plain_chart(g, "lost_share") for g in half if g.direction in TRAINING)
 
 
-def _plain_chart(group: Group, column: str, unit: str, factor: float) -> str:
+def _plain_chart(group: Group, column: str) -> str:
+    """One figure of every arm that has it, with no verdict."""
+    shares = column == "lost_share"
+    unit, size = ("share lost", 1) if shares else ("KiB", KIB)
     found = {
-        case: [(r, getattr(r, column) * factor) for r in arms.values() if getattr(r, column) != ""]
+        case: [(r, getattr(r, column) / size) for r in arms.values() if getattr(r, column) != ""]
         for case, arms in group.cases.items()
     }
-    values = [0.0 if v < 1e-3 else v for pairs in found.values() for _, v in pairs]
+    values = [value for pairs in found.values() for _, value in pairs]
     if not values:
         return ""
-    axis, lines = Axis(values), []
+    axis, lines = Axis(values, shares), []
     for case, pairs in found.items():
-        marks, ours = "", ""
+        marks = ours = ""
         for row, value in sorted(pairs, key=lambda p: p[0].backend == "lorakern"):
-            at = axis.place(0.0 if value < 1e-3 else value)
-            marks += _dot(at, row, f"{_name(row.backend)} {value:.3g} {unit}")
-            if row.backend == "lorakern":
-                ours = f"{value:.3g}" if unit == "KiB" else f"{value:.3f}"
-        lines.append(
-            f"<tr><th>{_text(case)}</th><td class=strip>{_strip(axis, marks)}</td>"
-            f"<td class=n><b>{ours}</b></td></tr>"
-        )
+            said = f"{value:.3f}" if shares else _number(value)
+            marks += _dot(axis.place(value), row, f"{_name(row.backend)} {said} {unit}")
+            ours = said if row.backend == "lorakern" else ours
+        strip = _strip(axis, marks)
+        lines.append(f"<tr><th>{_text(case)}</th><td class=strip>{strip}</td>"
+                     f"<td class=n><b>{ours}</b></td></tr>")  # fmt: skip
     return (
         f"<table class=chart><thead><tr><th>{_text(group.dtype)}<th class=strip>{unit}"
         f"<th class=n>lorakern</tr></thead><tbody>{''.join(lines)}{_scale(axis, 1, 1)}</tbody>"
         "</table>"
     )
+
+
+def _kernels(groups: list[Group]) -> str:
+    """How often each kernel, called by itself, is faster than the spec in plain torch."""
+    pairs = [
+        (row.backend, row.median_us < arms["reference"].median_us)
+        for g in groups for arms in g.cases.values() for row in arms.values()
+        if report.is_kernel(row) and "reference" in arms and row.backend != "reference"
+    ]  # fmt: skip
+    counts = [
+        f"{_text(_name(kernel))} {sum(won for k, won in pairs if k == kernel)} of "
+        f"{sum(k == kernel for k, _ in pairs)}"
+        for kernel in dict.fromkeys(k for k, _ in pairs)
+    ]
+    said = f"<p class=facts>Faster than plain torch: {', '.join(counts)}.</p>"
+    return said if counts else ""
 
 
 def _rows(groups: list[Group]) -> str:
@@ -241,11 +262,12 @@ def _rows(groups: list[Group]) -> str:
                 behind = row.median_us / min(r.median_us for r in kind) - 1
                 mark = "fastest" if behind == 0 else f"+{behind:.0%}"
                 mark = "floor" if row.backend == "frozen" else mark
-                gb_s = "" if row.gb_s == "" else f"{row.gb_s:.3g}"
+                gb_s = "" if row.gb_s == "" else _number(row.gb_s)
                 lines.append(
                     f"<tr><th>{_text(case)}</th><td>{_text(group.dtype)}</td>"
                     f"<td>{_text(group.direction)}</td><td>{_text(_name(row.backend))}</td>"
-                    f"<td class=n>{row.median_us:.5g}</td><td class=n>{row.iqr_us:.2g}</td>"
+                    f"<td class=n>{_number(row.median_us)}</td>"
+                    f"<td class=n>{_number(row.iqr_us)}</td>"
                     f"<td class=n>{row.cost_over_frozen:.3f}</td><td class=n>{gb_s}</td>"
                     f"<td class=n>{mark}</td><td>{_text(row.commit)}</td>"
                     f"<td>{_text(row.date)}</td></tr>"
@@ -275,7 +297,7 @@ def _strip(axis: Axis, marks: str) -> str:
 
 
 def _scale(axis: Axis, before: int, after: int) -> str:
-    numbers = "".join(f"<text x='{axis.place(t):.2f}%' y=12>{t:g}</text>" for t in axis.ticks)
+    numbers = "".join(f"<text x='{axis.place(t):.2f}%' y=12>{t:,g}</text>" for t in axis.ticks)
     return (
         f"<tr class=scale><td colspan={before}></td><td class=strip><svg width='100%' height=16>"
         f"{numbers}</svg></td><td colspan={after}></td></tr>"
@@ -326,6 +348,11 @@ def _name(arm: str) -> str:
 
 def _steps_first(key: str | tuple[str, str]) -> tuple:
     return "train_step" not in key, key
+
+
+def _number(value: float) -> str:
+    """Three digits or more, and no exponent."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def _anchor(device: str, op: str) -> str:

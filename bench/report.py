@@ -212,8 +212,10 @@ def table(found: list[Group]) -> str:
         arms = ["lorakern", *shown]
         head = ["op", "dtype", "cases", *[NAMES.get(a, a) for a in arms],
                 "faster / level / slower than the best"]  # fmt: skip
-        lines = [head, ["---"] * len(head)]
-        for group in mine:
+        lines = [head, ["---", "---", *["--:"] * (len(head) - 2)]]
+        # dtypes of an op together, in order of appearance
+        ops = list(dict.fromkeys(g.op for g in mine))
+        for group in sorted(mine, key=lambda g: ops.index(g.op)):
             means = {arm: _mean_cost(group, arm) for arm in arms}
             best = min(m for m in means.values() if m is not None)
             counts = count(list(group.verdicts.values())).values()
