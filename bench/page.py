@@ -105,8 +105,8 @@ def _summary(device: str, groups: list[Group]) -> str:
     parts.append(
         "<table class=chart><thead><tr><th>op<th class=short>dtype<th class=strip>time of lorakern "
         "over the best rival’s, a dot a case<th class=n>mean<th class=n>faster<th class=n>level"
-        f"<th class=n>slower</tr></thead><tbody>{''.join(lines)}{_scale(axis, 2, 4)}</tbody></table>"
-        "</section>"
+        f"<th class=n>slower</tr></thead><tbody>{''.join(lines)}{_scale(axis, 2, 4)}</tbody>"
+        "</table></section>"
     )
     return "".join(parts)
 
