@@ -4,7 +4,8 @@
 
 Every stage is processes of its own, with a share of the time that is left. One that fails or runs
 over is reported and the next begins; rows are in the record as soon as a case is measured. Ends
-with 0 when all went well, 1 when a stage did not, 2 when there is no GPU to run on.
+with 0 when all went well, 1 when a stage did not, 2 when there is no GPU to run on. A second run
+finds everything compiled and comes further.
 """
 
 import argparse
@@ -28,25 +29,37 @@ from lorakern import backend
 GRACE = 10
 # processes of tests at once, for they mostly compile, which is the CPU's work
 WORKERS = max(1, min(8, (os.cpu_count() or 1) // 2))
-# per op its share of the time, the parts of its cases' names, and the small case of --quick
-OPS = {
-    "lora_linear": (5, [], "O320 I768 M77"),
-    "kron_linear": (3, [], "O320 I768 M77 R16 F8"),
-    "hada_linear": (3, [], "O320 I768 M77 R4"),
-    "dora": (2, [], "O320 I768 M77"),
-    "decoupled_attention": (4, ["Q4096 H8", "Q1024 H8", "Q4096 H10"], "Q64 H8 d160 T77+16+16"),
-    "lora_conv2d": (2, [], "K1"),
-    "hada_delta": (2, [], "O320 I320 R4"),
-    "kron_delta": (2, [], "O320 I320 F8"),
-    "lora_delta": (2, [], "O320 I320 R4"),
-    "overhead": (1, [], "O8"),
-}
-# of bench.train_step: its share, and its arguments
-STEPS = {
-    "sd15": (5, ["--size", "64", "--batch", "4"]),
-    "sdxl": (4, ["--size", "128", "--checkpointing"]),
-    "sd15 compiled": (6, ["--size", "64", "--batch", "4", "--compile", "--arms", "lorakern",
-                          "peft 16-bit", "peft 16-bit compiled"]),
+# what is built or found early leaves its time to the others
+BUILD, TESTS = 24, 10
+# bench, which may be followed by a remark: share of the time, arguments, and those of --quick
+BENCHES = {
+    "lora_linear": (6, [], ["--case", "O320 I768 M77"]),
+    "kron_linear": (5, [], ["--case", "O320 I768 M77 R16 F8"]),
+    "hada_linear": (5, [], ["--case", "O320 I768 M77 R4"]),
+    "decoupled_attention": (
+        5,
+        ["--case", "Q4096 H8", "--case", "Q1024 H8", "--case", "Q4096 H10"],
+        ["--case", "Q64 H8 d160 T77+16+16"],
+    ),
+    "train_step of sd15": (12, ["--size", "64", "--batch", "4"], []),
+    "dora": (4, [], ["--case", "O320 I768 M77"]),
+    "lora_conv2d": (4, [], ["--case", "K1"]),
+    "overhead": (2, [], []),
+    "train_step of sdxl": (10, ["--size", "128", "--checkpointing"], ["--checkpointing"]),
+    "hada_delta": (3, [], ["--case", "O320 I320 R4"]),
+    "kron_delta": (3, [], ["--case", "O320 I320 F8"]),
+    "lora_delta": (3, [], ["--case", "O320 I320 R4"]),
+    "lora_linear compiled": (
+        6,
+        ["--compile", "--case", "O320 I320", "--case", "O2560", "--case", "O1280 I1280 M1024"],
+        ["--compile", "--case", "O320 I768 M77"],
+    ),
+    "train_step of sd15 compiled": (
+        15,
+        ["--size", "64", "--batch", "4", "--compile", "--arms", "lorakern", "peft 16-bit",
+         "peft 16-bit compiled"],
+        ["--compile", "--arms", "lorakern", "peft 16-bit compiled"],
+    ),
 }  # fmt: skip
 
 
@@ -95,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
 
     print(f"\n== {record.device_name(device)}, {time.monotonic() - start:.0f} s")
     for outcome in outcomes:
-        print(f"{outcome.name:22}{outcome.word:10}{outcome.seconds:6.0f} s  {outcome.why}".rstrip())
+        print(f"{outcome.name:30}{outcome.word:10}{outcome.seconds:6.0f} s  {outcome.why}".rstrip())
     rows = report.read_file(file)[before:] if file.exists() else []
     print(f"{len(rows)} new rows in {file}")
     if rows:
@@ -106,27 +119,29 @@ def main(argv: list[str] | None = None) -> int:
 def stages(options: argparse.Namespace) -> list[Stage]:
     """What is run, the most wanted first."""
     python, on = [sys.executable], ["--device", options.device]
-    kept = ["--record", "--results", str(options.results), *on]
-    short = ["--rounds", "2", "--threads", "1"]
     build = [] if built(options.device) else [[*python, "setup.py", "build_ext", "--inplace", "-f"]]
     pytest = [*python, "-m", "pytest", "-p", "no:cacheprovider", "-rf", *on]
     workers = 1 if options.quick else WORKERS
     which = ["tests/ops/test_hada_delta.py", "-k", "matches"] if options.quick else ["tests/ops"]
     tests = [[*pytest, *which, "--part", f"{i}/{workers}"] for i in range(workers)]
     # interrupted, pytest says what had failed until then
-    found = [Stage("build", 12, build), Stage("tests", 8, tests, stop=signal.SIGINT)]
-    for op, (share, cases, small) in OPS.items():
-        command = [*python, "-m", "bench.run", op, *kept, "--dtype", *options.dtype]
-        for case in [small] if options.quick else cases:
-            command += ["--case", case]
-        command += short if options.quick else ["--seconds", "0.5"]
-        found.append(Stage(op, share, [command]))
-    for name, (share, arguments) in STEPS.items():
-        model = "tiny" if options.quick else name.partition(" ")[0]
-        command = [*python, "-m", "bench.train_step", "--model", model, *arguments, *kept]
-        command += ["--dtype", "bfloat16"]
-        command += ["--size", "4", *short] if options.quick else ["--seconds", "15"]
-        found.append(Stage(f"step {name}", share, [command], needs="diffusers"))
+    found = [Stage("build", BUILD, build), Stage("tests", TESTS, tests, stop=signal.SIGINT)]
+    for name, (share, arguments, small) in BENCHES.items():
+        bench, *remark = name.split()
+        step = bench == "train_step"
+        command = (
+            [*python, "-m", "bench.train_step"] if step else [*python, "-m", "bench.run", bench]
+        )
+        command += ["--record", "--results", str(options.results), *on]
+        command += ["--dtype", *(["bfloat16"] if step else options.dtype)]
+        if options.quick:
+            model = ["--model", "tiny", "--size", "4"]
+            command += [*small, "--rounds", "2", "--threads", "1"]
+        else:
+            model = ["--model", *remark[1:2]]
+            command += [*arguments, "--seconds", "8" if step else "0.5"]
+        command += model if step else []
+        found.append(Stage(name, share, [command], needs="diffusers" if step else ""))
     return found
 
 
@@ -150,6 +165,8 @@ def run(stage: Stage, seconds: float, environment: dict[str, str]) -> Outcome:
         return Outcome(stage.name, "left out", why=f"{stage.needs} is not installed")
     if not stage.commands:
         return Outcome(stage.name, "ok", why="up to date")
+    if seconds < 1:
+        return Outcome(stage.name, "ran over", why="no time was left for it")
     start = time.monotonic()
     with contextlib.ExitStack() as stack:
         # several would write over each other
