@@ -154,6 +154,27 @@ def test_without_a_gpu_it_says_so(capsys):
         assert raised.value.code == 2 and said in capsys.readouterr().err
 
 
+def test_a_gpu_decides_what_is_built(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    options = gpu._parse(["--results", str(tmp_path)])
+    made = gpu._environment(torch.device(options.device))
+    assert (made["LORAKERN_BUILD"], made["TORCH_CUDA_ARCH_LIST"]) == ("cuda", "9.0")
+    assert "TRITON_INTERPRET" not in made
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0+PTX")
+    assert gpu._environment(torch.device("cuda"))["TORCH_CUDA_ARCH_LIST"] == "8.0+PTX"
+    commands = [command for s in gpu.stages(options) for command in s.commands]
+    assert commands[0][1:] == ["setup.py", "build_ext", "--inplace", "-f"]
+    assert all("cuda" in command for command in commands[1:])
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
+    with pytest.raises(SystemExit):
+        gpu._parse([])
+    assert "want a GPU of sm_80 or newer, got sm_75" in capsys.readouterr().err
+
+
 def test_built_means_all_kernels_from_these_sources(monkeypatch):
     op = next(o for o in gpu.backend.OPS.values() if "cpp" in o.kernels)
     if not gpu.built("cpu"):
