@@ -103,8 +103,8 @@ def _summary(device: str, groups: list[Group]) -> str:
             f"<td class=strip>{_strip(axis, marks)}</td><td class=n>{mean:.2f}</td>{cells}</tr>"
         )
     parts.append(
-        "<table class=chart><thead><tr><th>op<th class=short>dtype<th class=strip>time of lorakern "
-        "over the best rival’s, a dot a case<th class=n>mean<th class=n>faster<th class=n>level"
+        "<table class='chart brief'><thead><tr><th>op<th class=short>dtype<th class=strip>time "
+        "of lorakern over the best rival’s, a dot a case<th class=n>mean<th class=n>faster<th class=n>level"
         f"<th class=n>slower</tr></thead><tbody>{''.join(lines)}{_scale(axis, 2, 4)}</tbody>"
         "</table></section>"
     )
@@ -294,7 +294,7 @@ def _legend(rows: list[Row]) -> str:
 
 def _strip(axis: Axis, marks: str) -> str:
     lines = "".join(_bar(axis.place(t), "one" if t == 1 else "tick") for t in axis.ticks)
-    return f"<svg width='100%' height=20>{lines}{marks}</svg>"
+    return f"<svg width='100%' height=22>{lines}{marks}</svg>"
 
 
 def _scale(axis: Axis, before: int, after: int) -> str:
@@ -309,7 +309,7 @@ def _judged(axis: Axis, case: str, verdict: Verdict, direction: str) -> str:
     said = f"{case}, {direction}: {verdict.ratio:.2f}× {_name(verdict.rival.backend)}"
     at, size = axis.place(verdict.ratio), 4.5 if direction in TRAINING else 3
     look = verdict.word if direction in TRAINING else f"{verdict.word} hollow"
-    return f"<circle class='{look}' cx='{at:.2f}%' cy=10 r={size}>{_title(said)}</circle>"
+    return f"<circle class='{look}' cx='{at:.2f}%' cy=11 r={size}>{_title(said)}</circle>"
 
 
 def _dot(at: float, row: Row, said: str) -> str:
@@ -320,11 +320,11 @@ def _dot(at: float, row: Row, said: str) -> str:
 
 def _gap(ours: float, rival: float, word: str) -> str:
     left, width = min(ours, rival), abs(ours - rival)
-    return f"<rect class='{word} gap' x='{left:.2f}%' y=6 width='{width:.2f}%' height=8 />"
+    return f"<rect class='{word} gap' x='{left:.2f}%' y=7 width='{width:.2f}%' height=8 />"
 
 
 def _bar(at: float, look: str) -> str:
-    return f"<line class={look} x1='{at:.2f}%' x2='{at:.2f}%' y1=0 y2=20 />"
+    return f"<line class={look} x1='{at:.2f}%' x2='{at:.2f}%' y1=0 y2=22 />"
 
 
 def _filled(share: float, colour: str, said: str) -> str:
