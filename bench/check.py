@@ -1,6 +1,7 @@
 """Right before fast: the kernels, the lorakern layer and the peers on the very case to be timed."""
 
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -18,6 +19,11 @@ PEER_RMS = 0.05
 ENOUGH = 10_000
 
 
+# cuDNN picks algorithms that give other bits each time, and TF32, which the judge should not allow
+in_full = partial(torch.backends.cudnn.flags, enabled=True, deterministic=True, allow_tf32=False)
+
+
+@in_full()
 def check(bench: ModuleType, args: tuple, layers: dict[str, Layer]) -> tuple:
     """Put every kernel and layer to the judge on `args`.
 

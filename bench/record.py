@@ -5,6 +5,7 @@ import dataclasses
 import datetime
 import importlib.metadata
 import importlib.util
+import io
 import os
 import platform
 import re
@@ -85,12 +86,14 @@ def append(rows: list[Row], path: Path) -> None:
         raise ValueError(f"{path} has columns {old.splitlines()[0]}, want {header}")
     if old and not old.endswith("\n"):
         raise ValueError(f"{path} ends in half a line: {old.splitlines()[-1]!r}")
-    with path.open("a", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if not old:
-            writer.writerow(COLUMNS)
-        writer.writerows([_plain(v) for v in dataclasses.astuple(row)] for row in rows)
-        file.flush()
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    if not old:
+        writer.writerow(COLUMNS)
+    writer.writerows([_plain(v) for v in dataclasses.astuple(row)] for row in rows)
+    # one write, so that a process that is killed leaves whole lines
+    with path.open("ab", buffering=0) as file:
+        file.write(text.getvalue().encode())
         os.fsync(file.fileno())
 
 

@@ -16,7 +16,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from bench import check, record, timing, usage
+from bench import check, peers, record, timing, usage
 from bench.peers import Layer
 from lorakern import backend
 from lorakern.testing import tensors
@@ -59,6 +59,8 @@ def measure(
     """
     args = bench.inputs(case, dtype, device)
     layers = bench.layers(args)
+    if options.compile:
+        layers |= peers.compiled(layers)
     backward_args = check.check(bench, args, layers)
     trained = layers["lorakern"].factors
     lost, where = check.lost_shares(bench, args), record.environment(device)
@@ -113,12 +115,12 @@ def table(rows: list[record.Row], floor: str) -> str:
     lines = [
         f"{first.op} {first.case} {first.dtype}, {first.device}, {first.threads} threads,"
         f" commit {first.commit}",
-        f"  {'':16}"
+        f"  {'':20}"
         + "".join(f"{d + ' us':>12}{'IQR':>11}{'/' + floor:>11}  " for d in directions)
         + f"{'saved KiB':>11}{'lost':>7}",
     ]
     for name in names:
-        line = f"  {name:16}"
+        line = f"  {name:20}"
         for direction in directions:
             row = by[name, direction]
             star = "*" if (name, direction) in best else " "
@@ -196,6 +198,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         help="float16 takes minutes a case where the CPU has no such arithmetic",
     )
     parser.add_argument("--backends", nargs="+", help="kernels, layers: cpp lorakern peft ...")
+    parser.add_argument("--compile", action="store_true", help="PEFT under torch.compile too")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=2.0, help="a direction of a case")

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-# a sample is no shorter than this; a call that takes longer than LONG_S is tried once only
-SAMPLE_S, LONG_S = 300e-6, 0.1
+# a sample is no shorter than this
+SAMPLE_S = 300e-6
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ def interleave(
 
     Args:
         arms: what to call, by name. A call leaves nothing behind that slows the next one.
-        device: on "cuda" the clock is a pair of events, and the L2 cache is flushed before each
-            sample.
+        device: on "cuda" the clock is a pair of events around a call on an idle device whose L2
+            cache was flushed, so that launches count as they do where the CPU is the slower one.
         seconds: time to spend; at least 3 rounds are run, at most 300.
         rounds: number of rounds instead.
         clock: seconds on the CPU; time.thread_time on one thread leaves out what other processes
@@ -87,9 +87,9 @@ def interleave(
 
 
 def _warm_up(sample: Callable[[Callable, int], float], call: Callable) -> float:
-    first = sample(call, 1)
-    # a long call says enough at once
-    return first if first > LONG_S else min(first, sample(call, 1))
+    # the first call may compile, so how long it took says nothing
+    sample(call, 1)
+    return sample(call, 1)
 
 
 def _sample_cpu(clock: Callable[[], float]) -> Callable[[Callable, int], float]:
@@ -105,15 +105,18 @@ def _sample_cpu(clock: Callable[[], float]) -> Callable[[Callable, int], float]:
 def _sample_cuda(device: torch.device) -> Callable[[Callable, int], float]:
     size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
     flushed = torch.empty(max(size, 1), dtype=torch.int8, device=device)
+    stream = torch.cuda.current_stream(device)
 
     def sample(call: Callable, repeats: int) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         total_ms = 0.0
         for _ in range(repeats):
             flushed.zero_()
-            start.record()
+            # or the flush would hide as many launches as fit in its own time
+            stream.synchronize()
+            start.record(stream)
             call()
-            end.record()
+            end.record(stream)
             end.synchronize()
             total_ms += start.elapsed_time(end)
         return total_ms / repeats / 1e3

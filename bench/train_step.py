@@ -11,7 +11,7 @@ import argparse
 import contextlib
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lorakern
-from bench import peers, record, timing, usage
+from bench import check, peers, record, timing, usage
 
 SD15 = {"cross_attention_dim": 768}
 SDXL = {
@@ -58,10 +58,14 @@ class Batch:
 
 @dataclass
 class Arm:
-    """The layers that an arm puts into the UNet, by path, and the factors that it trains."""
+    """The layers that an arm puts into the UNet, by path, and the factors that it trains.
+
+    compiled: the UNet under torch.compile, for an arm that calls it so.
+    """
 
     places: dict[str, nn.Module]
     factors: list[nn.Parameter]
+    compiled: Callable | None = None
 
     def __post_init__(self):
         self.optimizer = torch.optim.AdamW(self.factors, fused=True) if self.factors else None
@@ -91,7 +95,8 @@ def measure(options: argparse.Namespace, device: torch.device) -> list[record.Ro
 
     dtype = getattr(torch, options.dtype)
     # not the model's own `to`, which warns of modules to keep in float32: it has none
-    unet = nn.Module.to(UNet2DConditionModel(**MODELS[options.model]), device, dtype).train()
+    with device:
+        unet = nn.Module.to(UNet2DConditionModel(**MODELS[options.model]), dtype).train()
     unet.requires_grad_(False)
     if options.checkpointing:
         unet.enable_gradient_checkpointing()
@@ -143,15 +148,15 @@ def table(rows: list[record.Row]) -> str:
     lines = [
         f"train_step {first.case} {first.dtype}, {first.device}, {first.threads} threads,"
         f" commit {first.commit}, {first.rounds} rounds",
-        f"  {'':16}{'step ms':>10}{'IQR':>8}{'images/s':>10}{'/frozen':>9}  {'peak MiB':>9}"
+        f"  {'':20}{'step ms':>10}{'IQR':>8}{'images/s':>10}{'/frozen':>9}  {'peak MiB':>9}"
         f"  {'saved MiB':>10}{'calls':>8}{'first s':>9}",
     ]
     for row in rows:
         lines.append(
-            f"  {row.backend:16}{row.median_us / 1e3:10.1f}{row.iqr_us / 1e3:8.1f}"
+            f"  {row.backend:20}{row.median_us / 1e3:10.1f}{row.iqr_us / 1e3:8.1f}"
             f"{row.images_s:10.3f}{row.cost_over_frozen:9.3f}{'*' if row is fastest else ' '} "
             f"{row.peak_mib:9.1f}{'*' if row is leanest else ' '} "
-            f"{row.saved_bytes / usage.MIB:10.1f}{row.aten_calls:8}"
+            f"{row.saved_bytes / usage.MIB:10.1f}{row.aten_calls:>8}"
             f"{'' if row.first_s == '' else f'{row.first_s:.2f}':>9}"
         )
     return "\n".join(lines) + "\n"
@@ -162,6 +167,7 @@ def _names(options: argparse.Namespace, *, linear: bool) -> list[str]:
     names = ["lorakern"]
     if "peft" not in gone:
         names += ["peft"] if options.dtype == "float32" else ["peft", "peft 16-bit"]
+        names += [f"{names[-1]} compiled"] * options.compile
     if "lycoris-lora" not in gone:
         names += ["lycoris", "lycoris bypass"]
     # its convolutions have another formula
@@ -183,12 +189,12 @@ def _build(name: str, unet: nn.Module, paths: list[str], rank: int) -> Arm:
         if name == "lorakern":
             lorakern.inject(unet, rank=rank, targets=paths)
         else:
-            _add_peft(unet, paths, rank, keep_dtype=name == "peft 16-bit")
+            _add_peft(unet, paths, rank, keep_dtype=name.startswith("peft 16-bit"))
         places = {path: unet.get_submodule(path) for path in paths}
     factors = [
         p for layer in places.values() for n, p in layer.named_parameters() if p.requires_grad
     ]
-    return Arm(places, factors)
+    return Arm(places, factors, torch.compile(unet.forward) if name.endswith("compiled") else None)
 
 
 def _add_peft(unet: nn.Module, paths: list[str], rank: int, *, keep_dtype: bool) -> None:
@@ -236,20 +242,21 @@ def _batch(unet: nn.Module, size: int, images: int) -> Batch:
     return Batch(inputs, torch.randn(shape, device=unet.device))
 
 
-def _loss(unet: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+def _loss(unet: Callable, batch: Batch) -> tuple[Tensor, Tensor]:
     prediction = unet(**batch.inputs).sample
     return F.mse_loss(prediction.float(), batch.noise), prediction
 
 
 def _step(unet: nn.Module, arm: Arm, batch: Batch) -> None:
     with _placed(unet, arm.places):
-        _loss(unet, batch)[0].backward()
+        _loss(arm.compiled or unet, batch)[0].backward()
     if arm.optimizer:
         arm.optimizer.step()
         arm.optimizer.zero_grad()
     batch.inputs["sample"].grad = None
 
 
+@check.in_full()
 def _check(unet: nn.Module, arms: dict[str, Arm], batch: Batch, close: float) -> None:
     """On the same factors every arm predicts as merged weights do, with equal gradients."""
     seed, first = torch.Generator().manual_seed(0), next(a for a in arms.values() if a.places)
@@ -267,7 +274,7 @@ def _check(unet: nn.Module, arms: dict[str, Arm], batch: Batch, close: float) ->
         for factor, value in zip(arm.factors, values, strict=True):
             factor.data.copy_(value)
         with _placed(unet, arm.places):
-            loss, prediction = _loss(unet, batch)
+            loss, prediction = _loss(arm.compiled or unet, batch)
             loss.backward()
         off = _distance(prediction, want)
         assert off <= close, f"{name} predicts {off:.2e} beside merged weights, want {close:.0e}"
@@ -297,11 +304,12 @@ def _usage(unet: nn.Module, arm: Arm, batch: Batch) -> dict[str, float | int]:
 
     with _placed(unet, arm.places):
         known = [*unet.parameters(), *unet.buffers(), *arm.factors]
-        saved = usage.saved_bytes(lambda: _loss(unet, batch), known)
+        saved = usage.saved_bytes(lambda: _loss(arm.compiled or unet, batch), known)
     return {
         "saved_bytes": saved,
         "peak_mib": usage.peak_mib(step, unet.device),
-        "aten_calls": usage.aten_calls(step),
+        # what is compiled has no operators
+        "aten_calls": "" if arm.compiled else usage.aten_calls(step),
     }
 
 
@@ -316,6 +324,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=CLOSE, default="float32")
     parser.add_argument("--checkpointing", action="store_true", help="recompute in backward")
     parser.add_argument("--arms", nargs="+", help="lorakern peft lycoris ...; all when left out")
+    parser.add_argument("--compile", action="store_true", help="PEFT under torch.compile too")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=120.0, help="for the timed rounds")

@@ -20,6 +20,16 @@ if not torch.cuda.is_available():
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.addoption(
+        "--part",
+        help="i/n: of the tests that use the device, each n-th, from the i-th (0 is first)",
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    if part := config.getoption("--part"):
+        first, step = map(int, part.split("/"))
+        items[:] = [item for item in items if "device" in item.fixturenames][first::step]
 
 
 @pytest.fixture(scope="session")

@@ -126,6 +126,28 @@ def test_rows_of_a_step(tmp_path):
             assert float(row[more]) > float(frozen[more]) > 0, more
 
 
+def test_what_is_compiled_is_called_so(tmp_path, monkeypatch):
+    called = []
+
+    def compile(function):
+        return lambda *args, **more: called.append(function) or function(*args, **more)
+
+    # inductor takes minutes for a UNet
+    monkeypatch.setattr(torch, "compile", compile)
+    record_to = ["--rounds", "1", "--compile", "--record", "--results", str(tmp_path)]
+    run.main(["overhead", "--dtype", "bfloat16", "--threads", "1", *record_to])
+    assert called
+    called.clear()
+    train_step.main([*STEP, "--arms", "lorakern", "peft compiled", *record_to])
+    assert called
+    (file,) = tmp_path.iterdir()
+    rows = {r["backend"]: r for r in csv.DictReader(file.open()) if "compiled" in r["backend"]}
+    # of the two in 16-bit the leaner one, and no operators to count
+    assert list(rows) == ["peft 16-bit compiled", "peft compiled"]
+    assert rows["peft 16-bit compiled"]["saved_bytes"] == "32"
+    assert rows["peft compiled"]["aten_calls"] == "" and float(rows["peft compiled"]["first_s"]) > 0
+
+
 def test_a_record_only_grows(tmp_path):
     file = tmp_path / "deeper" / "cpu.csv"
     row = record.Row("op", "a, b", "float32", "cpp", "fwd", 1 / 3, 0.1, 2.0, 1.0, 1.0, 64)
