@@ -62,9 +62,11 @@ class Arm:
 
     places: dict[str, nn.Module]
     factors: list[nn.Parameter]
+    optimizer: torch.optim.Optimizer | None = None
 
     def __post_init__(self):
-        self.optimizer = torch.optim.AdamW(self.factors, fused=True) if self.factors else None
+        if self.factors and self.optimizer is None:
+            self.optimizer = torch.optim.AdamW(self.factors, fused=True)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -188,7 +190,7 @@ def _build(name: str, unet: nn.Module, paths: list[str], rank: int) -> Arm:
     factors = [
         p for layer in places.values() for n, p in layer.named_parameters() if p.requires_grad
     ]
-    return Arm(places, factors)
+    return Arm(places, factors, lorakern.FlatAdamW(factors) if name == "lorakern" else None)
 
 
 def _add_peft(unet: nn.Module, paths: list[str], rank: int, *, keep_dtype: bool) -> None:
