@@ -105,7 +105,7 @@ def rows_of(unet):
 @pytest.mark.parametrize("kernel", ["cpp", "reference"])
 @pytest.mark.parametrize("algo", PEERS)
 def test_frozen_text_gets_no_gradient(algo, kernel):
-    """Keys and values of a text that nothing trains: backward makes less by the size of the text."""
+    """Keys and values of a text that nothing trains: backward makes less by its size."""
     wide = nn.Linear(768, 16, bias=False)
     adapter = attach(nn.Sequential(wide), "0", algo, rank=2)
     made = {}
