@@ -112,7 +112,7 @@ def test_a_step_is_few_calls():
 
     few = step(model, flat, flat.clip)
     many = step(alone, own, lambda n: nn.utils.clip_grad_norm_(alone.parameters(), n))
-    assert few < 20 < many
+    assert few < 30 < many
 
 
 def test_a_norm_over_millions_is_exact():
