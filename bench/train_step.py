@@ -65,10 +65,12 @@ class Arm:
 
     places: dict[str, nn.Module]
     factors: list[nn.Parameter]
+    optimizer: torch.optim.Optimizer | None = None
     compiled: Callable | None = None
 
     def __post_init__(self):
-        self.optimizer = torch.optim.AdamW(self.factors, fused=True) if self.factors else None
+        if self.factors and self.optimizer is None:
+            self.optimizer = torch.optim.AdamW(self.factors, fused=True)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -194,7 +196,9 @@ def _build(name: str, unet: nn.Module, paths: list[str], rank: int) -> Arm:
     factors = [
         p for layer in places.values() for n, p in layer.named_parameters() if p.requires_grad
     ]
-    return Arm(places, factors, torch.compile(unet.forward) if name.endswith("compiled") else None)
+    optimizer = lorakern.FlatAdamW(factors) if name == "lorakern" else None
+    compiled = torch.compile(unet.forward) if name.endswith("compiled") else None
+    return Arm(places, factors, optimizer, compiled)
 
 
 def _add_peft(unet: nn.Module, paths: list[str], rank: int, *, keep_dtype: bool) -> None:

@@ -18,10 +18,12 @@ for _library in sorted(Path(__file__).parent.glob("_native*.so")):
 # the ops look for their kernels in _native
 from lorakern import functional  # noqa: E402
 from lorakern.adapters import eject, inject, merge, set_multiplier, unmerge  # noqa: E402
+from lorakern.arena import FlatAdamW  # noqa: E402
 from lorakern.conditioning import accelerate  # noqa: E402
 from lorakern.formats import load, save  # noqa: E402
 
 __all__ = [
+    "FlatAdamW",
     "accelerate",
     "eject",
     "functional",

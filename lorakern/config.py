@@ -56,6 +56,9 @@ class OptimizerConfig(Section):
     ] = Field("constant", description="of the learning rate")
     warmup: int = Field(0, ge=0, description="steps of warm-up; not for the constant schedule")
     clip: float = Field(1.0, ge=0, description="largest gradient norm; 0 does not clip")
+    average: float = Field(
+        0.0, ge=0, lt=1, description="export a moving average of this memory (0.999); 0: none"
+    )
 
 
 class LossConfig(Section):

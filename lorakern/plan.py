@@ -35,7 +35,7 @@ class Plan:
     layers, trained: adapted layers, and their parameters.
     weights: of the parts that stay in memory while training.
     factors: of the adapters, their gradients not included.
-    optimizer: two float32 numbers a parameter, as AdamW has them.
+    optimizer: three float32 numbers a parameter, as FlatAdamW has them, and one of an average.
     step: what one step adds at its peak: activations, gradients and temporaries.
     start: the step a resumed run would begin at.
     """
@@ -156,7 +156,7 @@ def _measure(config: Config, base: models.Base, size: tuple[int, int]) -> dict[s
         "trained": sum(p.numel() for p in factors),
         "weights": sum(map(_bytes, frozen)),
         "factors": sum(map(_bytes, factors)),
-        "optimizer": sum(2 * 4 * p.numel() for p in factors),
+        "optimizer": (3 + bool(config.optimizer.average)) * sum(4 * p.numel() for p in factors),
         "step": peak.most,
     }
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import math
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -15,6 +16,7 @@ import lorakern
 from lorakern import cache, checkpoint, data, diffusion, formats, models
 from lorakern.adapters.groups import limit_norms, parameter_groups, tensors
 from lorakern.adapters.targets import PRESETS
+from lorakern.arena import Average, FlatAdamW
 from lorakern.config import Config
 from lorakern.monitor import write_bad
 
@@ -92,6 +94,7 @@ class Run:
         self.parameters = [p for group in groups for p in group["params"]]
         self.optimizer = _optimizer(config, groups)
         self.schedule = _schedule(config, self.optimizer)
+        self.average = _average(config, self.optimizer, self.parameters)
         self._whole = True
         if config.resume:
             self._resume()
@@ -136,6 +139,13 @@ class Run:
             predicted, wanted, alpha_bar, predicts=self.predicts, gamma=config.loss.min_snr
         )
 
+    def clip(self) -> Tensor:
+        """Bring the gradients down to the largest norm chosen; returns theirs before, a scalar."""
+        largest = self.config.optimizer.clip or math.inf
+        if isinstance(self.optimizer, FlatAdamW):
+            return self.optimizer.clip(largest)
+        return nn.utils.clip_grad_norm_(self.parameters, largest)
+
     def update(self, finite: bool) -> None:
         """End a step: the gradients reach the weights when they are finite, and are cleared."""
         self._whole = False
@@ -145,6 +155,8 @@ class Run:
                 if self.config.optimizer.max_norm is not None:
                     for module in self.trained.values():
                         limit_norms(module, self.config.optimizer.max_norm)
+                if self.average is not None:
+                    self.average.update(self.step + 1)
             else:
                 warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler.step\(\)`")
             self.schedule.step()
@@ -157,6 +169,8 @@ class Run:
         if not self._whole or self.step == self.saved:
             return
         state = {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
+        if self.average is not None:
+            state["average"] = self.average.values
         checkpoint.save(
             self.config.output, self.step, self._factors(), state, self._settings(),
             self.config.checkpoint.keep,
@@ -169,9 +183,14 @@ class Run:
         paths = []
         for form in self.config.formats:
             path = path_of(self.config, form)
-            lorakern.save(self.trained, path, form, metadata=metadata)
+            with self.averaged():
+                lorakern.save(self.trained, path, form, metadata=metadata)
             paths.append(path)
         return paths
+
+    def averaged(self) -> AbstractContextManager:
+        """A block in which the factors are what is exported: their moving average when asked."""
+        return nullcontext() if self.average is None else self.average.shown()
 
     def draw(self) -> None:
         """Write samples/step-NNNNNN.png: a column a prompt, a row a seed."""
@@ -179,13 +198,14 @@ class Run:
         side = self.config.resolution
         for module in self.trained.values():
             module.eval()
-        rows = [
-            models.draw(
-                self.base, sample.prompts, seed=sample.seed + row, steps=sample.steps,
-                guidance=sample.guidance, size=(side, side), bf16=self.bf16,
-            )
-            for row in range(sample.rows)
-        ]  # fmt: skip
+        with self.averaged():
+            rows = [
+                models.draw(
+                    self.base, sample.prompts, seed=sample.seed + row, steps=sample.steps,
+                    guidance=sample.guidance, size=(side, side), bf16=self.bf16,
+                )
+                for row in range(sample.rows)
+            ]  # fmt: skip
         for module in self.trained.values():
             module.train()
         models.write_image(
@@ -230,6 +250,8 @@ class Run:
                 factor.copy_(found.factors[name])
         self.optimizer.load_state_dict(found.state["optimizer"])
         self.schedule.load_state_dict(found.state["schedule"])
+        if self.average is not None:
+            self.average.load(found.state["average"])
         self.step = self.saved = found.step
 
 
@@ -317,13 +339,22 @@ def _optimizer(config: Config, groups: list[dict]) -> torch.optim.Optimizer:
     if chosen.weight_decay is not None:
         options["weight_decay"] = chosen.weight_decay
     if chosen.name == "adamw":
-        kind, options = torch.optim.AdamW, {"fused": True, **options}
+        # torch's own passes over the factors of a layer that was skipped
+        skips = config.adapter.options.get("module_dropout")
+        kind, options = torch.optim.AdamW if skips else FlatAdamW, {"fused": True, **options}
     else:
         kind = _named_class(chosen.name)
     try:
         return kind(groups, lr=chosen.lr, **options)
     except (TypeError, ValueError) as error:
         raise ValueError(f"optimizer {chosen.name} with {options}: {error}") from error
+
+
+def _average(config: Config, optimizer, factors: list[Tensor]) -> Average | None:
+    if not config.optimizer.average:
+        return None
+    tensors = optimizer.flats if isinstance(optimizer, FlatAdamW) else factors
+    return Average(factors, tensors, config.optimizer.average)
 
 
 def _named_class(name: str) -> type:

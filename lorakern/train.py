@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from lorakern.config import Config
@@ -101,8 +100,7 @@ def _loop(run: Run, config: Config, on_step, bar: bool) -> Result:
                     part = run.loss(batch) / config.accumulate
                     part.backward()
                     loss += part.detach()
-                norm = nn.utils.clip_grad_norm_(run.parameters, config.optimizer.clip or math.inf)
-                loss, norm = torch.stack([loss, norm]).tolist()
+                loss, norm = torch.stack([loss, run.clip()]).tolist()
 
                 lr = run.schedule.get_last_lr()[0]
                 finite = math.isfinite(loss) and math.isfinite(norm)

@@ -118,6 +118,18 @@ def test_only_factors_train(algo, kind):
 
 
 @every_kind
+def test_a_fused_step_reaches_the_next_forward(algo, kind):
+    """It does not count up a factor's version, which a kept norm of DoRA goes by."""
+    model, adapter, _ = adapted(algo, kind)
+    factors = [getattr(adapter, f) for f in adapter.factors]
+    optimizer, x = torch.optim.AdamW(factors, lr=0.1, fused=True), input_of(kind)
+    for _ in range(2):
+        model(x).square().sum().backward()
+        optimizer.step()
+    assert torch.equal(model(x), copy.deepcopy(model)(x))
+
+
+@every_kind
 def test_state_dict_keeps_the_layers_keys(algo, kind):
     model, adapter, layer = adapted(algo, kind)
     second = attach(model, "0", algo, rank=2, name="second")

@@ -9,8 +9,20 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lorakern.adapters import layers
+
+# steps of any optimizer: torch's fused ones do not count up the version of what they change
+_steps = 0
+
+
+def _count(*_) -> None:
+    global _steps
+    _steps += 1
+
+
+register_optimizer_step_post_hook(_count)
 
 
 class Dora:
@@ -95,7 +107,8 @@ class _Kept:
         """make(), or what it gave when the sources and the number were the same."""
         if torch.compiler.is_compiling() or any(t.is_inference() for t in sources):
             return make()
-        now = number, [(t._version, t.data_ptr(), t.dtype, t.device) for t in sources]
+        steps = any(t.requires_grad for t in sources) and _steps
+        now = number, steps, [(t._version, t.data_ptr(), t.dtype, t.device) for t in sources]
         # one read: threads of DataParallel share it
         entry = self._entry
         if entry is not None and entry[0] == now and _same(entry[1], sources):
