@@ -51,7 +51,6 @@ def _resampler(prefix: str, features: int, width: int, out: int, heads: int = 2)
             f"{at}0.to_out.weight": (width, inner), f"{at}1.1.weight": (4 * width, width),
             f"{at}1.3.weight": (width, 4 * width),
         }  # fmt: skip
-    # the norm before the feed-forward is no norm by its name
     return shapes
 
 
@@ -120,21 +119,35 @@ def set_clip(unet, images: int = 1, batch: int = 2, index: int = 0) -> None:
     layer.clip_embeds = torch.randn(batch, images, TOKENS, EMBED, generator=generator)
 
 
-def predict(unet, image_embeds=None, masks=None, seed: int = 7, size=(8, 10), **options):
-    """The UNet on a fixed input; with 3 frames for AnimateDiff's."""
-    generator = torch.Generator().manual_seed(seed)
+class Call:
+    """The UNet's inputs, the same objects in every call; with 3 frames for AnimateDiff's."""
 
-    def make(*shape):
-        return torch.randn(shape, generator=generator)
+    def __init__(self, unet, image_embeds=None, masks=None, seed: int = 7, size=(8, 10)):
+        generator = torch.Generator().manual_seed(seed)
 
-    frames = (3,) if hasattr(unet.config, "motion_num_attention_heads") else ()
-    x = make(2, 4, *frames, *size)
-    text = make(2, 6, unet.config.cross_attention_dim).repeat_interleave(frames[0] if frames else 1, 0)
-    added = {"text_embeds": make(2, 32), "time_ids": make(2, 6)}
-    if unet.config.addition_embed_type is None:
-        added = {}
-    if image_embeds is not None:
-        added["image_embeds"] = image_embeds
-    if masks is not None:
-        options["cross_attention_kwargs"] = {"ip_adapter_masks": masks}
-    return unet(x, torch.tensor(3), text, added_cond_kwargs=added, **options).sample
+        def make(*shape):
+            return torch.randn(shape, generator=generator)
+
+        frames = (3,) if hasattr(unet.config, "motion_num_attention_heads") else ()
+        self.x = make(2, 4, *frames, *size)
+        text = make(2, 6, unet.config.cross_attention_dim)
+        self.text = text.repeat_interleave(frames[0], 0) if frames else text
+        added = {"text_embeds": make(2, 32), "time_ids": make(2, 6)}
+        self.added = {} if unet.config.addition_embed_type is None else added
+        self.image_embeds, self.masks = image_embeds, masks
+
+    def __call__(self, unet, **options):
+        added, attention = dict(self.added), {}
+        if self.image_embeds is not None:
+            added["image_embeds"] = self.image_embeds
+        if self.masks is not None:
+            attention["ip_adapter_masks"] = self.masks
+        return unet(
+            self.x, torch.tensor(3), self.text, added_cond_kwargs=added,
+            cross_attention_kwargs=attention, **options,
+        ).sample  # fmt: skip
+
+
+def predict(unet, image_embeds=None, masks=None, seed: int = 7, size=(8, 10)):
+    """The UNet on a fixed input."""
+    return Call(unet, image_embeds, masks, seed, size)(unet)
