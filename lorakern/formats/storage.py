@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import secrets
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,11 @@ from lorakern.formats.base import Stored
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
+# what torch.load raises on bytes that it did not write
+_BROKEN = (
+    pickle.PickleError, RuntimeError, OSError, ValueError, LookupError, EOFError, AssertionError,
+    TypeError, AttributeError, struct.error,
+)  # fmt: skip
 
 
 def read(path: str | Path) -> list[Stored]:
@@ -93,10 +99,10 @@ def read_pickle(path: Path) -> Any:
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+    except _BROKEN as error:
+        size = path.stat().st_size
         raise ValueError(
-            f"{path} ({path.stat().st_size} bytes) is not a whole file of torch.save with tensors"
-            f" alone: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+            f"{path} ({size} bytes) is not a whole file of torch.save with tensors alone"
         ) from error
 
 
