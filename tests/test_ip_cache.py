@@ -263,6 +263,14 @@ def test_hooks_dropout_autocast_and_inference_mode_are_respected(two):
 
 
 @torch.no_grad()
+def test_what_a_hook_writes_to_the_tokens_is_not_kept(two):
+    unet, call = two
+    unet.encoder_hid_proj.register_forward_hook(lambda _, __, tokens: [t.mul_(0.5) for t in tokens])
+    before = call(unet)
+    assert torch.equal(call(unet), before)
+
+
+@torch.no_grad()
 def test_addresses_that_come_back_are_no_hit():
     """A freed tensor's id and memory are soon another's."""
     cache = Cache(size=1)

@@ -3,8 +3,11 @@
 import copy
 
 import ip_adapters as ip
+import numpy as np
 import pytest
+import tiny
 import torch
+from PIL import Image
 
 import lorakern
 
@@ -195,10 +198,14 @@ def test_faceid_loras_stand_beside_the_users(family, tmp_path):
     kept = ip_files.storage.read_tensors(file)[0]
     assert kept.keys() == flat.keys() and all(torch.equal(kept[k], t) for k, t in flat.items())
 
-    conditioning.set_ip_adapter_scale(unet, 0.0)
-    lorakern.set_multiplier(unet, 0.0)
+    for adapter in lorakern.inject(unet, rank=1, name="late").values():
+        adapter.up.normal_()
+    late = ip.predict(unet, embeds)
+    assert not torch.equal(late, got)
+    lorakern.set_multiplier(unet, 0.0, made[0].lora)
+    assert not torch.equal(ip.predict(unet, embeds), late)
     conditioning.unload_ip_adapter(unet)
-    assert {a.name for s in lorakern.adapters.find(unet).values() for a in s} == {"style"}
+    assert {a.name for s in lorakern.adapters.find(unet).values() for a in s} == {"style", "late"}
     lorakern.eject(unet)
     unet.requires_grad_(True)
     assert_as_before(unet, state, processors)
@@ -246,6 +253,58 @@ def test_fused_and_sliced_attention_leave_the_images_in():
     unet.fuse_qkv_projections()
     with pytest.raises(ValueError, match="leaves out the adapters on to_q, to_k, to_v"):
         ip.predict(unet, [ip.embeds("faceid")])
+
+
+@pytest.mark.parametrize("variant", ["base", "plus"])
+def test_a_pipeline_with_pictures_draws_what_diffusers_draws(variant, tmp_path):
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    torch.manual_seed(1)
+    encoder = CLIPVisionModelWithProjection(
+        CLIPVisionConfig(
+            hidden_size=ip.EMBED, projection_dim=ip.EMBED, intermediate_size=32, image_size=16,
+            patch_size=8, num_hidden_layers=2, num_attention_heads=4,
+        )
+    ).eval()  # fmt: skip
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 24, 3), np.uint8))
+    drawn = []
+    for mine in (False, True):
+        pipe = tiny.pipeline(tmp_path)
+        pipe.set_progress_bar_config(disable=True)
+        pipe.register_modules(image_encoder=encoder)
+        state = ip.checkpoint(pipe.unet.eval(), variant)
+        if mine:
+            conditioning.load_ip_adapter(pipe, state)
+        else:
+            pipe.load_ip_adapter(
+                state, subfolder="", weight_name="", image_encoder_folder=None,
+                low_cpu_mem_usage=False,
+            )  # fmt: skip
+        for given in (picture, None):
+            options = {"ip_adapter_image": given} if given else {
+                "ip_adapter_image_embeds": [ip.embeds(variant)]}  # fmt: skip
+            drawn += pipe(
+                "red", num_inference_steps=3, height=16, width=16, output_type="pt",
+                num_images_per_prompt=2, generator=torch.Generator().manual_seed(0), **options,
+            ).images[None]  # fmt: skip
+    assert pipe.feature_extractor is not None
+    conditioning.unload_ip_adapter(pipe)
+    assert pipe.feature_extractor is None and pipe.image_encoder is encoder
+    for want, got in zip(drawn[:2], drawn[2:], strict=True):
+        assert (want - got).abs().max() <= 1e-4
+    assert (drawn[0] - drawn[1]).abs().max() > 1e-2
+
+
+def test_diffusers_can_take_it_out():
+    unet = ip.unet()
+    base = ip.predict(unet)
+    conditioning.load_ip_adapter(unet, ip.checkpoint(unet, "base"))
+    Pipe(unet).unload_ip_adapter()
+    assert torch.equal(ip.predict(unet), base)
+    conditioning.load_ip_adapter(unet, ip.checkpoint(unet, "base"))
+    assert not torch.equal(ip.predict(unet, [ip.embeds("base")]), base)
+    conditioning.unload_ip_adapter(unet)
+    assert torch.equal(ip.predict(unet), base)
 
 
 def test_a_copy_of_the_unet_is_its_own():

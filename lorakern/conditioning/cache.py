@@ -45,7 +45,7 @@ class Cache:
 
     def __init__(self, size: int = 2):
         self.size, self.on = size, True
-        self._entries: list[tuple[tuple, Any, Any]] = []
+        self._entries: list[tuple[tuple, Any, Any, list]] = []
 
     def __getstate__(self) -> dict:
         # a copy's tensors are other tensors
@@ -74,7 +74,7 @@ class Cache:
                 is not cached.
             others: compared by value.
         """
-        if torch.compiler.is_compiling() or not self.on:
+        if not self.on or _recorded(tensors[0]):
             return make()
         if torch.is_grad_enabled():
             self.clear()
@@ -83,11 +83,13 @@ class Cache:
         if not (all(map(seen.add, tensors)) and all(map(seen.add, modules))):
             return make()
         key = (*others, _autocast(tensors), *seen.key)
-        for known, _, value in self._entries:
-            if known == key:
+        for known, _, value, versions in self._entries:
+            # whoever was given a value may have written to it
+            if known == key and _versions(value) == versions:
                 return value
         value = make()
-        self._entries = [(key, seen.keep(), value), *self._entries[: self.size - 1]]
+        entry = key, seen.keep(), value, _versions(value)
+        self._entries = [entry, *(e for e in self._entries if e[0] != key)][: self.size]
         return value
 
 
@@ -156,6 +158,18 @@ class _Seen:
             return True
         rest = ((name, value) for name, value in own.items() if name not in _OWN)
         return all(self.add(name) and self.add(value) for name, value in rest)
+
+
+def _recorded(t: Tensor) -> bool:
+    """Whether calls are recorded to run on other values, where what is kept would be a constant."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
+    return t.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _versions(value) -> list[int]:
+    tensors = value if isinstance(value, tuple) else (value,)
+    return [t._version for t in tensors if isinstance(t, Tensor) and not t.is_inference()]
 
 
 def _autocast(tensors: Sequence[Tensor]) -> torch.dtype | None:

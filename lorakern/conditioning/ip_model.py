@@ -47,14 +47,16 @@ class IPAdapter:
 class Loaded(IPProjection):
     """The projections of a UNet's IP-Adapters, what is known of them, and the UNet before them."""
 
-    def __init__(self, unet: nn.Module, trained: list[tuple[nn.Parameter, bool]]):
+    def __init__(self, unet: nn.Module):
         super().__init__([], video=isinstance(unet, UNetMotionModel))
         self.train(unet.training)
         self.adapters: list[IPAdapter] = []
         self.masks = Cache(size=16)
         # in tuples, or they would be submodules
         self.was = (unet.encoder_hid_proj, unet.config.encoder_hid_dim_type)
-        self.trained = trained
+        # parameters that a LoRA froze
+        self.frozen: list[nn.Parameter] = []
+        self.feature_extractor = None
         self.hook = unet.register_forward_pre_hook(self.before, with_kwargs=True)
 
 
@@ -78,11 +80,10 @@ def load_ip_adapter(
     ip_scales.check(scale, [name for _, name, _ in cross])
     made = [[_linear(tensor, unet) for tensor in found.layers[k]] for k, _, _ in cross]
 
-    trained = [(p, p.requires_grad) for p in unet.parameters()]
     # what may still fail comes first
-    lora = _attach(unet, loras) if loras else None
+    lora, frozen = _attach(unet, loras) if loras else (None, [])
     if loaded is None:
-        loaded = Loaded(unet, trained)
+        loaded = Loaded(unet)
     for (_, path, attn), (k, v) in zip(cross, made, strict=True):
         if not isinstance(attn.processor, IPAdapterProcessor):
             processor = IPAdapterProcessor(
@@ -95,7 +96,9 @@ def load_ip_adapter(
     unet.encoder_hid_proj = loaded
     unet.config.encoder_hid_dim_type = "ip_image_proj"
     loaded.adapters.append(IPAdapter(len(loaded.adapters), found.variant, lora))
+    loaded.frozen += frozen
     loaded.remember(unet)
+    _prepare_pictures(model, loaded)
     return loaded.adapters[-1]
 
 
@@ -134,8 +137,10 @@ def unload_ip_adapter(model) -> None:
     unet.encoder_hid_proj, unet.config.encoder_hid_dim_type = loaded.was
     if loaded.before in unet._forward_pre_hooks.values():
         loaded.hook.remove()
-    for parameter, trained in loaded.trained:
-        parameter.requires_grad_(trained)
+    for parameter in loaded.frozen:
+        parameter.requires_grad_(True)
+    if getattr(model, "feature_extractor", None) is loaded.feature_extractor is not None:
+        model.register_modules(feature_extractor=None)
 
 
 def set_ip_adapter_scale(model, scale: Scale) -> None:
@@ -256,6 +261,17 @@ def _linear(weight: Tensor, unet: nn.Module) -> nn.Linear:
     return made.eval()
 
 
+def _prepare_pictures(model, loaded: Loaded) -> None:
+    """A pipeline that has an image encoder gets what makes pixels for it, as diffusers gives it."""
+    encoder = getattr(model, "image_encoder", None)
+    if encoder is not None and getattr(model, "feature_extractor", True) is None:
+        from transformers import CLIPImageProcessor
+
+        size = encoder.config.image_size
+        loaded.feature_extractor = CLIPImageProcessor(size=size, crop_size=size)
+        model.register_modules(feature_extractor=loaded.feature_extractor)
+
+
 # FaceID's LoRA
 
 
@@ -287,10 +303,13 @@ def _lora_path(unet: nn.Module, attention: str, of: str) -> str:
 
 
 @torch.no_grad()
-def _attach(unet: nn.Module, targets: dict[str, tuple[Tensor, Tensor]]) -> str:
-    """Frozen adapters beside those that are there; all or none. Their name."""
+def _attach(
+    unet: nn.Module, targets: dict[str, tuple[Tensor, Tensor]]
+) -> tuple[str, list[nn.Parameter]]:
+    """Frozen adapters beside those that are there; all or none. Their name, and what they froze."""
     taken = {a.name for stack in adapters.find(unet).values() for a in stack}
     name = next(n for i in itertools.count() if (n := f"ip_adapter_{i}") not in taken)
+    trained = [p for p in unet.parameters() if p.requires_grad]
     try:
         for path, (down, up) in targets.items():
             rank = down.shape[0]
@@ -300,8 +319,10 @@ def _attach(unet: nn.Module, targets: dict[str, tuple[Tensor, Tensor]]) -> str:
     except BaseException:
         if adapters.find(unet, name):
             adapters.eject(unet, name)
+        for parameter in trained:
+            parameter.requires_grad_(True)
         raise
-    return name
+    return name, [p for p in trained if not p.requires_grad]
 
 
 def _factors(unet: nn.Module, index: int) -> dict:

@@ -103,6 +103,9 @@ class IPProjection(embeddings.MultiIPAdapterImageProjection):
         """
         if torch.compiler.is_compiling():
             return
+        if unet.encoder_hid_proj is not self:
+            # diffusers took the IP-Adapters out
+            return
         self.put_back()
         for name, attn, _ in self.attention:
             if type(attn.processor) is FusedAttnProcessor2_0:
