@@ -13,6 +13,7 @@ import lorakern
 
 pytest.importorskip("diffusers")
 from diffusers.loaders import IPAdapterMixin
+from diffusers.models.attention_processor import SlicedAttnProcessor
 
 from lorakern import conditioning
 from lorakern.conditioning import ip_files
@@ -232,7 +233,7 @@ def test_a_faceid_lora_stands_beside_one_of_peft():
 
 def test_fused_and_sliced_attention_leave_the_images_in():
     unet = ip.unet()
-    state = ip.checkpoint(unet, "plus")
+    base, state = ip.predict(unet), ip.checkpoint(unet, "plus")
     conditioning.load_ip_adapter(unet, state)
     embeds = [ip.embeds("plus")]
     want = ip.predict(unet, embeds)
@@ -241,11 +242,24 @@ def test_fused_and_sliced_attention_leave_the_images_in():
     assert (fused - want).abs().max() <= 1e-4
     unet.unfuse_qkv_projections()
     assert torch.equal(ip.predict(unet, embeds), want)
+    unet.fuse_qkv_projections()
+    conditioning.unload_ip_adapter(unet)
+    unet.unfuse_qkv_projections()
+    assert torch.equal(ip.predict(unet), base)
+    unet.fuse_qkv_projections()
+    with pytest.raises(ValueError, match="QKV are fused; load IP-Adapters first"):
+        conditioning.load_ip_adapter(unet, state)
+    unet.unfuse_qkv_projections()
+    conditioning.load_ip_adapter(unet, state)
+    assert torch.equal(ip.predict(unet, embeds), want)
     unet.set_attention_slice(1)
     # what the UNet does not hold now moves with it all the same
     unet.double()
     conditioning.set_ip_adapter_scale(unet, 1.0)
     unet.float()
+    assert type(unet.mid_block.attentions[0].transformer_blocks[0].attn1.processor) is (
+        SlicedAttnProcessor
+    )
     assert (ip.predict(unet, embeds) - want).abs().max() <= 1e-4
     conditioning.unload_ip_adapter(unet)
 
@@ -316,5 +330,5 @@ def test_a_copy_of_the_unet_is_its_own():
     conditioning.set_ip_adapter_scale(other, 0.0)
     assert torch.equal(ip.predict(unet, embeds), want)
     conditioning.unload_ip_adapter(other)
-    assert not other._forward_pre_hooks and len(unet._forward_pre_hooks) == 1
+    assert not other._forward_pre_hooks and len(unet._forward_pre_hooks) == 2
     assert torch.equal(ip.predict(unet, embeds), want)

@@ -7,9 +7,10 @@ from pathlib import Path
 def accelerate(model) -> Callable[[], None]:
     """Run the IP-Adapters that diffusers loaded on lorakern's kernels, in place.
 
-    Weights, scales and masks stay where and what they are: `set_ip_adapter_scale`,
+    Weights, scales and masks stay where and what they are: the pipeline's `set_ip_adapter_scale`,
     `load_ip_adapter` and `unload_ip_adapter` go on working. Loading another IP-Adapter makes new
-    processors; call this again after it.
+    processors; call this again after it. What stays from step to step is kept, as
+    `cache_ip_adapter` says.
 
     Args:
         model: a diffusers pipeline with a UNet, or the UNet itself.
@@ -38,7 +39,9 @@ def load_ip_adapter(
     (v1 and v2), portrait, SDXL's, InstantID's image adapter. A FaceID's LoRA becomes lorakern
     adapters, which stack on the user's (of lorakern in any order; PEFT's must be there first). The
     UNet is called as with diffusers' IP-Adapters, whose pipelines go on with it:
-    `added_cond_kwargs={"image_embeds": [...]}`, one entry an IP-Adapter.
+    `added_cond_kwargs={"image_embeds": [...]}`, one entry an IP-Adapter. Attention slicing and
+    fused QKV leave these layers as they are. `unload_ip_adapter` here takes everything out;
+    diffusers' own leaves the LoRA.
 
     Args:
         model: a UNet2DConditionModel, a UNetMotionModel, or a pipeline with one.

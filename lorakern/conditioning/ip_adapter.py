@@ -71,6 +71,10 @@ class IPAdapterProcessor(IPAdapterAttnProcessor2_0):
         ip_adapter_masks: list[Tensor | None] | Tensor | None = None,
     ) -> Tensor:
         """As diffusers calls it; `scale` is unused there too."""
+        known = isinstance(self.stock, IPAdapterAttnProcessor2_0)
+        if not known and not isinstance(encoder_hidden_states, tuple):
+            # its IP-Adapters are taken out, and something put the processor back
+            return self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
         text, images = hidden_states, None
         if isinstance(encoder_hidden_states, tuple) and attention_mask is None:
             text, states = encoder_hidden_states
@@ -197,7 +201,9 @@ def accelerate(model) -> Callable[[], None]:
     if type(projection) is MultiIPAdapterImageProjection:
         video = isinstance(unet, UNetMotionModel)
         kept = IPProjection(projection.image_projection_layers, video=video).train(unet.training)
+        kept.remember(unet)
         unet.encoder_hid_proj = kept
+        hook = unet.register_forward_pre_hook(kept.settle)
 
     def undo() -> None:
         for layer, mine in swapped:
@@ -205,7 +211,9 @@ def accelerate(model) -> Callable[[], None]:
             if layer.processor is mine:
                 mine.stock.scale = mine.scale
                 layer.set_processor(mine.stock)
-        if type(projection) is MultiIPAdapterImageProjection and unet.encoder_hid_proj is kept:
-            unet.encoder_hid_proj = projection
+        if type(projection) is MultiIPAdapterImageProjection:
+            hook.remove()
+            if unet.encoder_hid_proj is kept:
+                unet.encoder_hid_proj = projection
 
     return undo

@@ -13,6 +13,7 @@ from diffusers import UNet2DConditionModel, UNetMotionModel
 from diffusers.models.attention_processor import (
     Attention,
     AttnProcessor2_0,
+    FusedAttnProcessor2_0,
     IPAdapterAttnProcessor2_0,
 )
 from diffusers.models.embeddings import MultiIPAdapterImageProjection
@@ -45,19 +46,20 @@ class IPAdapter:
 
 
 class Loaded(IPProjection):
-    """The projections of a UNet's IP-Adapters, what is known of them, and the UNet before them."""
+    """The projections of a UNet's IP-Adapters, and what is known of them."""
 
     def __init__(self, unet: nn.Module):
         super().__init__([], video=isinstance(unet, UNetMotionModel))
         self.train(unet.training)
         self.adapters: list[IPAdapter] = []
         self.masks = Cache(size=16)
-        # in tuples, or they would be submodules
-        self.was = (unet.encoder_hid_proj, unet.config.encoder_hid_dim_type)
         # parameters that a LoRA froze
         self.frozen: list[nn.Parameter] = []
         self.feature_extractor = None
-        self.hook = unet.register_forward_pre_hook(self.before, with_kwargs=True)
+        self.hooks = [
+            unet.register_forward_pre_hook(self.settle),
+            unet.register_forward_pre_hook(self.check_masks, with_kwargs=True),
+        ]
 
 
 def load_ip_adapter(
@@ -73,6 +75,8 @@ def load_ip_adapter(
     projection = ip_files.projection(found, unet.device, unet.dtype)
     _check_encoder(model, found, projection)
     loaded = unet.encoder_hid_proj if isinstance(unet.encoder_hid_proj, Loaded) else None
+    if any(type(attn.processor) is FusedAttnProcessor2_0 for _, attn in places.values()):
+        raise ValueError("QKV are fused; load IP-Adapters first, or unfuse_qkv_projections()")
     if loaded:
         loaded.put_back()
     if loaded and not all(isinstance(p.processor, IPAdapterProcessor) for _, _, p in cross):
@@ -134,9 +138,11 @@ def unload_ip_adapter(model) -> None:
     for adapter in loaded.adapters:
         if adapter.lora and adapters.find(unet, adapter.lora):
             adapters.eject(unet, adapter.lora)
-    unet.encoder_hid_proj, unet.config.encoder_hid_dim_type = loaded.was
-    if loaded.before in unet._forward_pre_hooks.values():
-        loaded.hook.remove()
+    unet.encoder_hid_proj = unet.config.encoder_hid_dim_type = None
+    _forget(unet)
+    if loaded.settle in unet._forward_pre_hooks.values():
+        for hook in loaded.hooks:
+            hook.remove()
     for parameter in loaded.frozen:
         parameter.requires_grad_(True)
     if getattr(model, "feature_extractor", None) is loaded.feature_extractor is not None:
@@ -270,6 +276,17 @@ def _prepare_pictures(model, loaded: Loaded) -> None:
         size = encoder.config.image_size
         loaded.feature_extractor = CLIPImageProcessor(size=size, crop_size=size)
         model.register_modules(feature_extractor=loaded.feature_extractor)
+
+
+def _forget(unet: nn.Module) -> None:
+    """What unfuse_qkv_projections() will put back has IP-Adapters no more."""
+    before = getattr(unet, "original_attn_processors", None)
+    if isinstance(before, dict):
+        unet.original_attn_processors = {
+            name: p.stock if isinstance(p, IPAdapterProcessor) else p
+            for name, p in before.items()
+            if not name.startswith("encoder_hid_proj")
+        }
 
 
 # FaceID's LoRA

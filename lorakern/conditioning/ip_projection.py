@@ -91,27 +91,30 @@ class IPProjection(embeddings.MultiIPAdapterImageProjection):
                     mine.to(attn.to_q.weight.device, attn.to_q.weight.dtype)
                 attn.set_processor(mine)
 
-    def before(self, unet: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Forward pre-hook of the UNet: processors in their place, masks of the sample's form.
+    def settle(self, unet: nn.Module, *_) -> None:
+        """Forward pre-hook of the UNet: processors in their place.
 
         QKV fusion and attention slicing put their own processors everywhere; those of the
         IP-Adapters need neither, and come back.
 
         Raises:
-            ValueError: a mask has another aspect ratio than the sample, or QKV are fused beside
-                adapters, which the fused weights leave out.
+            ValueError: QKV are fused beside adapters, which the fused weights leave out.
         """
-        if torch.compiler.is_compiling():
-            return
-        if unet.encoder_hid_proj is not self:
-            # diffusers took the IP-Adapters out
-            return
-        self.put_back()
-        for name, attn, _ in self.attention:
-            if type(attn.processor) is FusedAttnProcessor2_0:
-                _check_fused(name, attn)
+        # otherwise diffusers took the IP-Adapters out
+        if unet.encoder_hid_proj is self and not torch.compiler.is_compiling():
+            self.put_back()
+            for name, attn, _ in self.attention:
+                if type(attn.processor) is FusedAttnProcessor2_0:
+                    _check_fused(name, attn)
+
+    def check_masks(self, unet: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Forward pre-hook of the UNet.
+
+        Raises:
+            ValueError: a mask has another aspect ratio than the sample.
+        """
         masks = (kwargs.get("cross_attention_kwargs") or {}).get("ip_adapter_masks")
-        if masks is not None:
+        if masks is not None and unet.encoder_hid_proj is self:
             sample = args[0] if args else kwargs["sample"]
             _check_masks(masks, sample.shape[-2:])
 
