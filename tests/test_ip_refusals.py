@@ -151,7 +151,7 @@ def test_files_that_are_broken_or_run_code(unet, tmp_path):
             return (tmp_path / "ran").touch, ()
 
     path = tmp_path / "ip.bin"
-    path.write_bytes(pickle.dumps({"image_proj": Evil(), "ip_adapter": {}}))
+    path.write_bytes(pickle.dumps({"image_proj": Evil(), "ip_adapter": {}}, 2))
     with pytest.raises(ValueError, match=r"not a whole file of torch.save with tensors alone"):
         ip_files.read(path)
     torch.save(ip.checkpoint(unet, "base"), path)
