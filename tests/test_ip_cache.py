@@ -279,9 +279,11 @@ def test_addresses_that_come_back_are_no_hit():
         assert cache.get(lambda x=x: x.sum().item(), [x]) == 1000 * i
     weight = nn.Parameter(torch.zeros(1000), requires_grad=False)
     for i in range(50):
+        weight.fill_(i)
         # another tensor on the same memory, whose version begins again
-        x = weight.fill_(i).data
-        assert cache.get(lambda x=x: x.sum().item(), [x]) == 1000 * i
+        x = weight.data
+        assert cache.get(x.sum, [x]) == 1000 * i
+        del x
     for i in range(50):
         weight.data = torch.full((1000,), float(i))
         assert cache.get(lambda: weight.sum().item(), [weight]) == 1000 * i
