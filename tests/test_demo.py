@@ -61,17 +61,22 @@ def test_likeness_knows_the_subject(base):
     assert judge(pictures[-1:]) > judge(others[:1]) + 0.1
 
 
-def test_the_demo_writes_all_it_says(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("algo", "library"),
+    [("lora", "diffusers"), ("dora", "diffusers"), ("loha", "peft"), ("lokr", "peft")],
+)
+def test_the_demo_writes_all_it_says(algo, library, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(run, "PROMPTS", run.PROMPTS[:1])
     monkeypatch.setattr(run, "SEEDS", (1,))
     monkeypatch.setattr(run, "DRAW", {"steps": 4, "guidance": 3.0})
     out = tmp_path / "out"
-    assert cli.main(["demo", "--out", str(out), "--steps", "3", "--rank", "2"]) == 0
+    words = ["demo", "--out", str(out), "--steps", "3", "--rank", "2", "--algo", algo]
+    assert cli.main(words) == 0
     told = capsys.readouterr().out
     assert float(re.search(r"speed +([\d.]+) steps/s", told)[1]) > 0
     assert int(re.search(r"largest pixel difference (\d+)", told)[1]) <= 2
     assert re.search(r"likeness +-?[\d.]+ before, -?[\d.]+ after", told)
-    for kind in ("picture", "kohya file", "diffusers file", "log"):
+    for kind in ("picture", "kohya file", f"{library} file", "log"):
         assert Path(re.search(rf"{kind} +(\S+)$", told, re.M)[1]).exists()
     assert Image.open(out / "demo.png").width > 3 * 64
 

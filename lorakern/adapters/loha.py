@@ -3,37 +3,43 @@
 FedPara, Hyeon-Woo et al. 2022, arXiv:2108.06098.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from lorakern.adapters.base import register
+from lorakern.adapters.output_dropout import OutputDropout
 from lorakern.adapters.tucker import tucker
-from lorakern.adapters.update import Update
 from lorakern.functional import hada_delta, hada_linear
 
 
 @register("loha")
-class Loha(Update):
+class Loha(OutputDropout):
     """A layer with a Hadamard update: y = layer(x; W + scale·(up1 down1) ∘ (up2 down2)).
 
     Factors: Linear down1, down2 [R, I], up1, up2 [O, R]; Conv2d with I / groups · kh · kw for I.
     With `tucker` on a Conv2d of more than one pixel: core1, core2 [R, R, kh, kw], down1, down2
-    [R, I / groups], and (core1 up1 down1) ∘ (core2 up2 down2). A fresh adapter changes nothing:
-    up2 is zero.
+    [R, I / groups], and (core1 up1 down1) ∘ (core2 up2 down2). A fresh adapter changes nothing.
 
     Args:
-        base, name, rank, alpha, rslora, dtype, and the options of every update: as Update's.
+        base, name, rank, alpha, rslora, dtype, dropout, and the options of every update: as
+            OutputDropout's.
         tucker: a core for the kernel's pixels (above); a Linear and a 1 x 1 kernel have none.
+        style: how it starts. "lycoris": downs N(0, 1), the rest N(0, 0.1), up2 0. "peft": each
+            factor uniform within 1 / √fan_in, down2 0.
 
     Raises:
-        ValueError: as Update's.
+        ValueError: as OutputDropout's; style is neither.
     """
 
     kinds = ("linear", "conv2d")
     scaled = "up1"
 
-    def __init__(self, base: nn.Module, *, tucker: bool = False, **options):
-        self.tucker = tucker
+    def __init__(self, base: nn.Module, *, tucker: bool = False, style: str = "lycoris", **options):
+        if style not in ("lycoris", "peft"):
+            raise ValueError(f"style is lycoris or peft, got {style!r}")
+        self.tucker, self.style = tucker, style
         super().__init__(base, **options)
 
     def make_factors(self, layer: nn.Module, dtype: torch.dtype) -> None:
@@ -44,13 +50,18 @@ class Loha(Update):
         for i in (1, 2):
             if cored:
                 self.new_factor(f"core{i}", (rank, rank, *kernel), dtype)
-                nn.init.normal_(getattr(self, f"core{i}"), std=0.1)
             self.new_factor(f"down{i}", (rank, columns), dtype)
             self.new_factor(f"up{i}", (rows, rank), dtype)
-            nn.init.normal_(getattr(self, f"down{i}"))
-            nn.init.normal_(getattr(self, f"up{i}"), std=0.1)
+        for name in self.factors:
+            factor = getattr(self, name)
+            if self.style == "peft":
+                # beside a core PEFT holds up as [R, O]
+                fan_out = cored and name.startswith("up")
+                nn.init.kaiming_uniform_(factor.mT if fan_out else factor, a=math.sqrt(5))
+            else:
+                nn.init.normal_(factor, std=1.0 if name.startswith("down") else 0.1)
         if not self.use_scalar:
-            nn.init.zeros_(self.up2)
+            nn.init.zeros_(self.down2 if self.style == "peft" else self.up2)
 
     def delta(self, f: dict[str, Tensor], scale: float | Tensor) -> Tensor:
         if "core1" in f:

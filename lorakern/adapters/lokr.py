@@ -7,13 +7,13 @@ from torch import Tensor, nn
 
 from lorakern.adapters import lokr_shapes
 from lorakern.adapters.base import register
+from lorakern.adapters.output_dropout import OutputDropout
 from lorakern.adapters.tucker import tucker
-from lorakern.adapters.update import Update
 from lorakern.functional import kron_delta, kron_linear
 
 
 @register("lokr")
-class Lokr(Update):
+class Lokr(OutputDropout):
     """A layer with a Kronecker update: y = layer(x; W + scale·C ⊗ D).
 
     With O = A·P and I / groups = B·Q, the factors are `c` [A, B], or `c_up` [A, R] and `c_down`
@@ -23,7 +23,8 @@ class Lokr(Update):
     "peft" c or c_up.
 
     Args:
-        base, name, rank, alpha, rslora, dtype, and the options of every update: as Update's.
+        base, name, rank, alpha, rslora, dtype, dropout, and the options of every update: as
+            OutputDropout's.
         factor: the split of O and I: A = factor where it divides; -1 is near the root.
         style: "lycoris" orders A ≤ P, B ≤ Q, and ignores alpha when C and D are whole: then the
             scale is the multiplier. "peft" does neither.
@@ -35,7 +36,7 @@ class Lokr(Update):
             four options before count for nothing.
 
     Raises:
-        ValueError: as Update's; factor or style is not one of these; shapes contradict.
+        ValueError: as OutputDropout's; factor or style is not one of these; shapes contradict.
     """
 
     kinds = ("linear", "conv2d")

@@ -36,6 +36,17 @@ DRAW = {"steps": 25, "guidance": 3.0}
 ZOOM = 2
 
 
+def _load_with_peft(pipe, folder: str) -> None:
+    from peft import PeftModel
+
+    # it puts its layers into the UNet; what it returns only wraps that
+    PeftModel.from_pretrained(pipe.unet, folder)
+
+
+# how those who do not have lorakern load the file of each format
+LOAD = {"diffusers": lambda pipe, file: pipe.load_lora_weights(file), "peft": _load_with_peft}
+
+
 def main(words: list[str]) -> int:
     """Run the demo; returns the exit code."""
     parser = argparse.ArgumentParser("lorakern demo", description=__doc__.partition("\n")[0])
@@ -55,7 +66,7 @@ def main(words: list[str]) -> int:
 
     print(f"2/4  training a {given.algo} of rank {given.rank}, {given.steps} steps ...", flush=True)
     result = train(config)
-    kohya, diffusers = result.paths
+    kohya, other = result.paths
 
     print("3/4  drawing with the adapter, from the same seeds ...", flush=True)
     adapted = models.load(str(BASE))
@@ -65,10 +76,11 @@ def main(words: list[str]) -> int:
     sheet = config.output / "demo.png"
     models.write_image(_sheet(subject, before, after), sheet)
 
-    print("4/4  drawing once more with stock diffusers and the saved file ...", flush=True)
+    library = config.formats[1]
+    print(f"4/4  drawing once more with stock {library} and the saved file ...", flush=True)
     stock = models.load(str(BASE))
     with models.quiet_libraries():
-        stock.pipe.load_lora_weights(str(diffusers))
+        LOAD[library](stock.pipe, str(other))
     difference = _largest_difference(after, _draw(stock))
 
     tail = result.losses[-25:]
@@ -81,7 +93,7 @@ def main(words: list[str]) -> int:
         "likeness": f"{judge(_about_subject(before)):.3f} before,"
         f" {judge(_about_subject(after)):.3f} after"
         f" (the subject's own pictures among themselves: {judge.ceiling:.3f})",
-        "stock diffusers": f"largest pixel difference {difference} of 255",
+        f"stock {library}": f"largest pixel difference {difference} of 255",
         "time": f"{time.perf_counter() - start:.0f} s in all",
     }
     for name, text in told.items():
@@ -89,7 +101,7 @@ def main(words: list[str]) -> int:
     for name, path in {
         "picture": sheet,
         "kohya file": kohya,
-        "diffusers file": diffusers,
+        f"{library} file": other,
         "log": config.output / "log.jsonl",
     }.items():
         print(f"{name:>16}  {path}")
@@ -109,7 +121,8 @@ def _config(given: argparse.Namespace, out: Path) -> Config:
             "data": str(SUBJECT),
             "output": str(out),
             "name": "sks",
-            "formats": ["kohya", "diffusers"],
+            # diffusers' load_lora_weights knows LoRA and DoRA alone
+            "formats": ["kohya", "diffusers" if given.algo in ("lora", "dora") else "peft"],
             "steps": given.steps,
             "batch_size": 8,
             "resolution": 64,

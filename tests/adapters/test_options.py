@@ -19,6 +19,7 @@ from lorakern.adapters import (
     parameter_groups,
     unmerge,
 )
+from lorakern.testing import lost_share
 
 
 def adapted(layer, algo="lora", **options):
@@ -102,6 +103,36 @@ def test_bypass_drops_the_output_of_the_update(dtype):
     assert abs(kept.float().mean() - 0.75) < 0.02
     if dtype == torch.float32:
         torch.testing.assert_close(update[kept], whole[kept] / 0.75, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("algo", ["loha", "lokr"])
+@pytest.mark.parametrize("layer", [nn.Linear(8, 500), conv()], ids=["linear", "conv"])
+def test_dropout_of_an_output_is_a_mask_on_it(algo, layer):
+    model, adapter = adapted(copy.deepcopy(layer), algo, dropout=0.25)
+    x = torch.randn(40, 8) if adapter.kind == "linear" else torch.randn(3, 8, 9, 7)
+    x.requires_grad_()
+    y = model(x)
+    base, whole = layer(x), layers.run(layer, x, adapter.delta_weight(), None)
+    mask = ((y - base) / whole).detach().div(1 / 0.75).round()
+    assert set(mask.unique().tolist()) == {0.0, 1.0} and abs(mask.mean() - 0.75) < 0.03
+    want = base + mask / 0.75 * whole
+    torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-4)
+    wanted, dy = [x, *(getattr(adapter, n) for n in adapter.factors)], torch.randn_like(y)
+    grads = torch.autograd.grad(y, wanted, dy), torch.autograd.grad(want, wanted, dy)
+    for mine, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(model.eval()(x), base + whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("algo", ["loha", "lokr"])
+def test_dropout_of_an_output_loses_no_small_update_in_16_bit(algo):
+    model, adapter = adapted(nn.Linear(64, 256).bfloat16(), algo, dropout=0.1)
+    delta = adapter.delta_weight()
+    adapter.multiplier = 1e-3 * (adapter.weight.float().norm() / delta.norm()).item()
+    x = torch.randn(4096, 64, dtype=torch.bfloat16)
+    exact = x.double() @ adapter.delta_weight().double().mT
+    base = F.linear(x.double(), adapter.weight.double(), adapter.bias.double())
+    assert abs(lost_share(lambda: model(x), exact, base)) < 0.02
 
 
 @pytest.mark.parametrize("algo", ["lora", "lokr"])
@@ -318,7 +349,10 @@ MISTAKES = [
     ("lokr", {"factor": 0}, "factor must be -1 or at least 1, got 0"),
     ("lokr", {"factor": -3}, "factor must be -1 or at least 1, got -3"),
     ("lokr", {"style": "kohya"}, "style is lycoris or peft, got 'kohya'"),
-    ("lokr", {"dropout": 0.1}, "lokr has no option dropout; it has factor"),
+    ("lokr", {"init": "pissa"}, "lokr has no option init; it has factor"),
+    ("lokr", {"dropout": 1.5}, "dropout is a probability from 0 to below 1, got 1.5"),
+    ("loha", {"dropout": 0.1, "dora": True}, "dora goes without dropout"),
+    ("loha", {"style": "kohya"}, "style is lycoris or peft, got 'kohya'"),
     ("loha", {"rank": 0}, "rank must be a whole number of at least 1, got 0"),
     ("loha", {"rank_dropout": 1.0}, "rank_dropout is a probability"),
     ("lora", {"module_dropout": -0.1}, "module_dropout is a probability"),

@@ -214,6 +214,29 @@ def test_peft_lokr_factors_have_the_same_shapes():
             assert bool(found["default"].any()) == bool(getattr(adapter, name).any())
 
 
+@pytest.mark.parametrize("style", ["lycoris", "peft"])
+@pytest.mark.parametrize(
+    ("layer", "tucker"),
+    [(nn.Linear(300, 500), False), (nn.Conv2d(90, 200, 3), False), (nn.Conv2d(90, 200, 3), True)],
+    ids=["linear", "conv", "tucker"],
+)
+def test_a_loha_starts_as_theirs(layer, tucker, style):
+    mine = attach(nn.Sequential(layer), "0", "loha", rank=40, tucker=tucker, style=style)
+    if style == "peft":
+        config = peft.LoHaConfig(r=40, use_effective_conv2d=tucker, target_modules=["0"])
+        other = peft.inject_adapter_in_model(config, nn.Sequential(copy.deepcopy(layer)))[0]
+        theirs = {n: getattr(other, PEFT_NAMES["loha"][n])["default"] for n in mine.factors}
+    else:
+        other = LohaModule("x", copy.deepcopy(layer), 1.0, 40, 40, use_tucker=tucker)
+        theirs = {n: other.get_parameter(NAMES["loha"][n]) for n in mine.factors}
+    for name, their in theirs.items():
+        my, their = getattr(mine, name), their.detach()
+        assert my.std().item() == pytest.approx(their.std().item(), rel=0.05), name
+        top = my.abs().max().item(), their.abs().max().item()
+        # a uniform distribution ends where it ends, a normal one does not
+        assert top[0] == pytest.approx(top[1], rel=0.02 if style == "peft" else 0.4), name
+
+
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 @pytest.mark.parametrize("rslora", [False, True])
 def test_peft_starts_from_the_weight_alike(init, rslora):

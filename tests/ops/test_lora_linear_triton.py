@@ -56,13 +56,14 @@ TILED = [
 @without_gpu
 @pytest.mark.parametrize("one_kernel", [True, False], ids=["one kernel", "shrink first"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=name)
+@pytest.mark.parametrize("gain", [False, True], ids=["", "gain"])
 @pytest.mark.parametrize("shape", TILED, ids=name)
-def test_the_tiles_of_a_gpu(shape, dtype, one_kernel, monkeypatch):
+def test_the_tiles_of_a_gpu(shape, gain, dtype, one_kernel, monkeypatch):
     from lorakern.ops.lora_linear.triton_bwd import lora_linear_bwd
     from lorakern.ops.lora_linear.triton_kernel import lora_linear_fwd
 
     pretend(monkeypatch, GPUS[90], one_kernel)
-    args = inputs(shape, dtype)
+    args = inputs(shape, dtype, gain=gain)
     check(lora_linear_fwd, reference.lora_linear_fwd, detached(args))
     if one_kernel:
         # backward has the same plan either way
@@ -93,8 +94,9 @@ def test_plans_cover_every_column_and_row_once():
             assert cut.slices <= max(1, wanted)
 
 
-# (capability, dtype, M, I, O, R, directions).  Real sizes of SD 1.5 and SDXL: every tile of the
-# tables and every kernel on sm_90, the ones with the most on chip on the others, and odd widths.
+# (capability, dtype, M, I, O, R, directions; "gain" to have one).  Real sizes of SD 1.5 and SDXL:
+# every tile of the tables and every kernel on sm_90, the ones with the most on chip on the others,
+# and odd widths.
 CUBINS = [
     (90, torch.bfloat16, 8192, 1280, 10240, 64, "fwd bwd"),
     (90, torch.bfloat16, 4096, 320, 320, 16, "fwd bwd"),
@@ -109,6 +111,11 @@ CUBINS = [
     (100, torch.bfloat16, 154, 768, 320, 16, "fwd bwd"),
     (89, torch.bfloat16, 4096, 320, 320, 16, "fwd bwd"),
     (89, torch.bfloat16, 256, 1280, 1280, 128, "fwd"),
+    (80, torch.bfloat16, 4096, 320, 320, 16, "fwd bwd gain"),
+    (90, torch.bfloat16, 4096, 320, 320, 16, "fwd bwd gain"),
+    (90, torch.float16, 256, 1280, 1280, 128, "fwd bwd gain"),
+    (90, torch.float32, 256, 1280, 1280, 16, "bwd gain"),
+    (100, torch.bfloat16, 8192, 1280, 1280, 64, "fwd bwd gain"),
 ]
 
 
@@ -127,13 +134,16 @@ def compiled(capability, dtype, rows, columns, out, rank, directions):
 
     x, weight, bias, h = make(rows, columns), make(out, columns), make(out), make(rows, rank)
     down, up, dy = make(rank, columns), make(out, rank), make(rows, out)
+    gain = torch.empty(out, device="meta") if "gain" in directions else None
+    needs = [True] * 3 + [gain is not None]
     launchers = {
-        "fwd": (triton_kernel.lora_linear_fwd, x, weight, bias, down, up, 1.0, None),
-        "bwd": (triton_bwd.lora_linear_bwd, dy, x, h, weight, down, up, 1.0, None, [True] * 4),
+        "fwd": (triton_kernel.lora_linear_fwd, x, weight, bias, down, up, 1.0, gain),
+        "bwd": (triton_bwd.lora_linear_bwd, dy, x, h, weight, down, up, 1.0, gain, needs),
     }
     return [
         triton_aot.compile_for(capability, *launch)
-        for direction in directions.split()
+        for direction in directions.split()[:2]
+        if direction != "gain"
         for launch in triton_aot.launches(
             *launchers[direction], modules=(triton_kernel, triton_bwd)
         )

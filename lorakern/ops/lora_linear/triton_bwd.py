@@ -18,13 +18,13 @@ from lorakern.ops.lora_linear.triton_tables import cdiv
 
 @triton.jit(do_not_specialize=["M", "steps", "factor"])
 def _row_products_kernel(
-    out_ptr, a_ptr, b_ptr, M, N, R, steps, factor,
+    out_ptr, a_ptr, b_ptr, gain_ptr, M, N, R, steps, factor,
     TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """out[slice, N, R] = factor · a[M, N]ᵀ b[M, R] over a slice of steps · BLOCK_M rows.
+    """out[slice, N, R] = factor · (a[M, N] ∘ gain)ᵀ b[M, R] over a slice of steps · BLOCK_M rows.
 
-    R is at most BLOCK_R. TRANSPOSED: out is [slice, R, N].
+    gain [N] may be None. R is at most BLOCK_R. TRANSPOSED: out is [slice, R, N].
     """
     cols_N = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     rank_R, step_M = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_M)
@@ -42,6 +42,8 @@ def _row_products_kernel(
         a_NM += BLOCK_M * N
         b_MR += BLOCK_M * R
 
+    if gain_ptr is not None:
+        acc_NR *= tl.load(gain_ptr + cols_N, mask=in_N, other=0.0)[:, None]
     out_NR = out_ptr + tl.program_id(1).to(tl.int64) * N * R
     if TRANSPOSED:
         out_NR = out_NR + cols_N[:, None] + rank_R[None, :] * N
@@ -94,8 +96,6 @@ def lora_linear_bwd(dy, x, h, weight, down, up, scale, gain, needs):
         if need_dgain:
             plain = dict(parts=h.view(1, M, R), up=up, scale=scale)
             column_sums(sums, dgain, dy, x, weight, **plain)
-        # to the update alone, one rounding of g·up is as small as that of h
-        gained_up = up if gain is None else (gain[:, None] * up).to(up.dtype)
         need_dh = need_dx or need_ddown
         in_one_pass = need_dh and need_dup and tables.one_pass(N, R, dy.dtype)
         if need_dh:
@@ -105,9 +105,10 @@ def lora_linear_bwd(dy, x, h, weight, down, up, scale, gain, needs):
                 plan = tables.cut(plan.tile, N, 1)
             parts = h.new_empty((plan.slices, M, R), dtype=torch.float32 if need_dx else h.dtype)
             outer = slices_of(sums, dup, cdiv(M, plan.tile.m)) if in_one_pass else None
-            shrink(plan, parts, dy, gained_up, transposed=True, outer=outer, h=h, factor=scale)
+            with_dup = dict(outer=outer, h=h, factor=scale)
+            shrink(plan, parts, dy, up, transposed=True, gain=gain, **with_dup)
         if need_dup and not in_one_pass:
-            row_products(sums, dup, dy, h, scale, transposed=False)
+            row_products(sums, dup, dy, h, scale, transposed=False, gain=gain)
         if need_dx:
             dh = torch.empty_like(h) if need_ddown else None
             update = dict(parts=parts, h=dh, up=down, scale=scale)
@@ -117,8 +118,6 @@ def lora_linear_bwd(dy, x, h, weight, down, up, scale, gain, needs):
         if need_ddown:
             row_products(sums, ddown, x, dh, scale, transposed=True)
         sum_all(sums)
-        if need_dup and gain is not None:
-            dup *= gain[:, None]
     return dx, ddown, dup, dgain
 
 
@@ -139,13 +138,13 @@ def column_sums(sums, dgain, dy, x, weight, **update):
     add(parts.view(-1, N), x, weight, dy=dy, **update)
 
 
-def row_products(sums, out, a, b, factor, *, transposed):
-    """out[N, R] = factor · a[..., N]ᵀ b[..., R]; transposed: [R, N]."""
+def row_products(sums, out, a, b, factor, *, transposed, gain=None):
+    """out[N, R] = factor · (a[..., N] ∘ gain)ᵀ b[..., R]; transposed: [R, N]."""
     M, N, R = a.shape[:-1].numel(), a.shape[-1], b.shape[-1]
     plan = tables.rows(M, N, a.dtype, a.device)
     tile, parts = plan.tile, slices_of(sums, out, plan.slices)
     _row_products_kernel[(cdiv(N, tile.n), plan.slices)](
-        parts, a, b, M, N, R, plan.steps, float(factor),
+        parts, a, b, gain, M, N, R, plan.steps, float(factor),
         TRANSPOSED=transposed, PRECISION=tables.precision(a.dtype),
         BLOCK_M=tile.k, BLOCK_N=tile.n, BLOCK_R=tables.padded(R),
         num_warps=tile.warps, num_stages=tile.stages,

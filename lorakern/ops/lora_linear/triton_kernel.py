@@ -96,14 +96,16 @@ def _add_low_rank_kernel(
 
 @triton.jit(do_not_specialize=["M", "steps", "scale", "factor"])
 def _shrink_kernel(
-    parts_ptr, outer_ptr, a_ptr, b_ptr, h_ptr, M, K, R, steps, scale, factor,
+    parts_ptr, outer_ptr, a_ptr, b_ptr, h_ptr, gain_ptr, M, K, R, steps, scale, factor,
     TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """parts[slice, M, R] = scale · a[M, K] b[R, K]ᵀ over a slice of steps · BLOCK_K columns.
+    """parts[slice, M, R] = scale · (a[M, K] ∘ gain[K]) b[R, K]ᵀ over a slice of steps · BLOCK_K
+    columns; gain may be None.
 
     R is at most BLOCK_R. TRANSPOSED: b is [K, R].
-    With outer: in the same pass outer[block of rows, K, R] = factor · aᵀ h[M, R] over the block.
+    With outer: in the same pass outer[block of rows, K, R] = factor · (a ∘ gain)ᵀ h[M, R] over
+    the block.
     """
     rows_M = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     rank_R, in_M = tl.arange(0, BLOCK_R), rows_M[:, None] < M
@@ -129,9 +131,17 @@ def _shrink_kernel(
         in_K = k + cols_K < K
         a = tl.load(a_MK, mask=in_M & in_K[None, :], other=0.0)
         b = tl.load(b_KR, mask=in_K[:, None] & in_R, other=0.0)
-        acc_MR = tl.dot(a, b, acc_MR, input_precision=PRECISION)
         if outer_ptr is not None:
             product_KR = factor * tl.dot(tl.trans(a), h, input_precision=PRECISION)
+        if gain_ptr is not None:
+            gain = tl.load(gain_ptr + k + cols_K, mask=in_K, other=0.0)
+            a, rest = gained(a, gain)
+            if a.dtype != tl.float32:
+                acc_MR = tl.dot(rest, b, acc_MR, input_precision=PRECISION)
+            if outer_ptr is not None:
+                product_KR *= gain[:, None]
+        acc_MR = tl.dot(a, b, acc_MR, input_precision=PRECISION)
+        if outer_ptr is not None:
             tl.store(outer_KR, product_KR, mask=in_K[:, None] & in_R)
             outer_KR += BLOCK_K * R
         a_MK += BLOCK_K
@@ -180,12 +190,12 @@ def add(
     )  # fmt: skip
 
 
-def shrink(plan, parts, a, b, *, transposed, scale=1.0, outer=None, h=None, factor=1.0):
+def shrink(plan, parts, a, b, *, transposed, scale=1.0, gain=None, outer=None, h=None, factor=1.0):
     """Launches _shrink_kernel; a is [..., K]."""
     M, K, tile = a.shape[:-1].numel(), a.shape[-1], plan.tile
     R = b.shape[1] if transposed else b.shape[0]
     _shrink_kernel[(cdiv(M, tile.m), plan.slices)](
-        parts, outer, a, b, h, M, K, R, plan.steps, float(scale), float(factor),
+        parts, outer, a, b, h, gain, M, K, R, plan.steps, float(scale), float(factor),
         TRANSPOSED=transposed, PRECISION=tables.precision(a.dtype),
         BLOCK_M=tile.m, BLOCK_K=tile.k, BLOCK_R=tables.padded(R),
         num_warps=tile.warps, num_stages=tile.stages,

@@ -98,8 +98,6 @@ def refuse_fwd(x, weight, bias, down, up, scale, gain) -> str | None:
 
 
 def refuse_bwd(dy, x, h, weight, down, up, scale, gain, needs) -> str | None:
-    if gain is not None and x.dtype.itemsize == 2:
-        return f"a gain beside {x.dtype}: the kernel rounds gain·up once more than the spec"
     return check.refuse_triton(x, down.shape[0])
 
 
