@@ -172,6 +172,28 @@ def test_a_text_mask_and_a_wrong_mask_are_left_to_diffusers(pipe):
             predict(unet, masks=[blobs(2)])
 
 
+def test_fused_and_sliced_attention_and_later_steps(pipe):
+    """What diffusers' processors do not survive; and K and V are made once."""
+    unet = load(pipe)
+    fed = [torch.randn(2, 4, 8, 10), torch.tensor(3), torch.randn(2, 6, WIDTH)]
+    given = {"image_embeds": [torch.randn(2, 1, EMBED)]}
+
+    def run():
+        with Count() as counted:
+            return unet(*fed, added_cond_kwargs=given).sample, counted.calls
+
+    with torch.no_grad():
+        want, stock = run()
+        undo = lorakern.accelerate(pipe)
+        (first, many), (second, few) = run(), run()
+        assert torch.equal(first, second) and few < many < stock
+        for change in (unet.fuse_qkv_projections, lambda: unet.set_attention_slice(1)):
+            change()
+            assert (run()[0] - want).abs().max() <= 1e-5 * want.abs().max()
+        undo()
+        assert not unet._forward_pre_hooks
+
+
 def test_a_model_without_ip_adapter_is_named(pipe):
     with pytest.raises(ValueError, match="UNet2DConditionModel has no IP-Adapter"):
         lorakern.accelerate(pipe.unet)

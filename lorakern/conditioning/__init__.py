@@ -1,14 +1,16 @@
 """Adapters that add an input to the model: image prompts. Imports diffusers on use only."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 
 def accelerate(model) -> Callable[[], None]:
     """Run the IP-Adapters that diffusers loaded on lorakern's kernels, in place.
 
-    Weights, scales and masks stay where and what they are: `set_ip_adapter_scale`,
+    Weights, scales and masks stay where and what they are: the pipeline's `set_ip_adapter_scale`,
     `load_ip_adapter` and `unload_ip_adapter` go on working. Loading another IP-Adapter makes new
-    processors; call this again after it.
+    processors; call this again after it. What stays from step to step is kept, as
+    `cache_ip_adapter` says.
 
     Args:
         model: a diffusers pipeline with a UNet, or the UNet itself.
@@ -22,3 +24,98 @@ def accelerate(model) -> Callable[[], None]:
     from lorakern.conditioning import ip_adapter
 
     return ip_adapter.accelerate(model)
+
+
+def load_ip_adapter(
+    model,
+    source: str | Path | Mapping,
+    *,
+    scale: float | list | Mapping = 1.0,
+    shortcut: bool | None = None,
+):
+    """Put an IP-Adapter into a UNet, beside those that are there; they are frozen.
+
+    The variant is told from keys and shapes: base, Plus, Plus-face, full-face, FaceID, FaceID-Plus
+    (v1 and v2), portrait, SDXL's, InstantID's image adapter. A FaceID's LoRA becomes lorakern
+    adapters, which stack on the user's (of lorakern in any order; PEFT's must be there first). The
+    UNet is called as with diffusers' IP-Adapters, whose pipelines go on with it:
+    `added_cond_kwargs={"image_embeds": [...]}`, one entry an IP-Adapter. Attention slicing and
+    fused QKV leave these layers as they are. `unload_ip_adapter` here takes everything out;
+    diffusers' own leaves the LoRA.
+
+    Args:
+        model: a UNet2DConditionModel, a UNetMotionModel, or a pipeline with one.
+        source: the authors' file, .safetensors or of torch.save (.bin), or its state dict.
+        scale: as one entry of `set_ip_adapter_scale`.
+        shortcut: whether a FaceID-Plus is its version 2, which has the same tensors; None looks
+            for "plusv2" in the file's name.
+
+    Returns:
+        ip_model.IPAdapter: its index, its variant, the name of its LoRA's adapters or None.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a file that is broken or of another family, an image encoder of another width,
+            a scale that does not fit, a model that has no room for it. Nothing is changed then.
+    """
+    from lorakern.conditioning import ip_model
+
+    return ip_model.load_ip_adapter(model, source, scale=scale, shortcut=shortcut)
+
+
+def save_ip_adapter(model, path: str | Path, index: int = 0) -> Path:
+    """Write an IP-Adapter, lorakern's or diffusers', in its authors' layout and the UNet's dtype.
+
+    Args:
+        path: .safetensors or .bin; what is there is replaced in one step, or stays.
+        index: which one.
+
+    Raises:
+        ValueError: no such IP-Adapter, another suffix, or a LoRA of PEFT. Nothing is written then.
+    """
+    from lorakern.conditioning import ip_model
+
+    return ip_model.save_ip_adapter(model, path, index)
+
+
+def unload_ip_adapter(model) -> None:
+    """Take all IP-Adapters that lorakern loaded out; the UNet is as before them, bit for bit.
+
+    Raises:
+        ValueError: the model has none.
+    """
+    from lorakern.conditioning import ip_model
+
+    ip_model.unload_ip_adapter(model)
+
+
+def set_ip_adapter_scale(model, scale: float | list | Mapping) -> None:
+    """Set how strong IP-Adapters are; 0 is the model without them, bit for bit. No unit.
+
+    Args:
+        scale: one for all, or a list with an entry each: a number; a list of one an image, for
+            use with masks; or {"down" | "mid" | "up": number, list of one an attention, or
+            {"block_<n>": number or list}}, where what is left out is 0.
+
+    Raises:
+        ValueError: a length or a name does not fit. Nothing is changed then.
+    """
+    from lorakern.conditioning import ip_model
+
+    ip_model.set_ip_adapter_scale(model, scale)
+
+
+def cache_ip_adapter(model, on: bool = True) -> None:
+    """Keep from step to step what does not change (the default), or stop to; forget what is kept.
+
+    Kept are the image tokens, K and V of text and images, and resized masks, while gradients are
+    disabled and all that they are made of is the same: tensors, weights, adapters and their
+    strengths, dtype, device. The outputs are the same bits. What is written through `tensor.data`
+    is not seen; call this after it.
+
+    Raises:
+        ValueError: the model has no IP-Adapter.
+    """
+    from lorakern.conditioning import ip_model
+
+    ip_model.cache_ip_adapter(model, on)

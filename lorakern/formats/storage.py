@@ -3,9 +3,12 @@
 import hashlib
 import json
 import os
+import pickle
 import secrets
+import struct
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -16,6 +19,11 @@ from lorakern.formats.base import Stored
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
+# what torch.load raises on bytes that it did not write
+_BROKEN = (
+    pickle.PickleError, RuntimeError, OSError, ValueError, LookupError, EOFError, AssertionError,
+    TypeError, AttributeError, struct.error,
+)  # fmt: skip
 
 
 def read(path: str | Path) -> list[Stored]:
@@ -48,7 +56,7 @@ def read(path: str | Path) -> list[Stored]:
 def _read_file(path: Path) -> Stored:
     if path.name == PEFT_WEIGHTS:
         return _read_peft(path.parent, None)
-    return Stored(path, *_read_tensors(path))
+    return Stored(path, *read_tensors(path))
 
 
 def _read_peft(folder: Path, component: str | None) -> Stored:
@@ -61,11 +69,12 @@ def _read_peft(folder: Path, component: str | None) -> Stored:
         raise ValueError(f"{folder / PEFT_CONFIG} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{folder / PEFT_CONFIG}: want a JSON object, got {type(config).__name__}")
-    tensors, metadata = _read_tensors(folder / PEFT_WEIGHTS)
+    tensors, metadata = read_tensors(folder / PEFT_WEIGHTS)
     return Stored(folder / PEFT_WEIGHTS, tensors, metadata, config, component)
 
 
-def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file, on the CPU, and its metadata; raises as `read`."""
     if path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
         raise ValueError(f"{path}: pickle files can run code and are not read; want .safetensors")
     try:
@@ -80,6 +89,21 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not tensors:
         raise ValueError(f"{path} holds no tensors")
     return tensors, metadata
+
+
+def read_pickle(path: Path) -> Any:
+    """What torch.save wrote, on the CPU, if it is tensors and plain containers.
+
+    Raises:
+        ValueError: it holds other objects, which could run code, or is no such file.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except _BROKEN as error:
+        size = path.stat().st_size
+        raise ValueError(
+            f"{path} ({size} bytes) is not a whole file of torch.save with tensors alone"
+        ) from error
 
 
 def to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
