@@ -271,7 +271,7 @@ def test_samples_and_log_are_written_and_change_nothing(make):
         ({"optimizer": {"warmup": 3}}, "constant_with_warmup"),
         ({"adapter": {"algo": "loora"}}, "loora"),
         ({"adapter": {"options": {"dropuot": 0.1}}}, "lora has no option dropuot; it has tucker"),
-        ({"adapter": {"algo": "lokr", "options": {"dropout": 0.1}}}, "lokr has no option dropout"),
+        ({"adapter": {"algo": "lokr", "options": {"init": "pissa"}}}, "lokr has no option init"),
         ({"adapter": {"targets": "no_such_layer"}}, "no_such_layer"),
         ({"device": "tpu9"}, "device tpu9"),
         ({"formats": ["kohia"]}, "kohia"),
