@@ -50,8 +50,8 @@ def test_what_runs_over_is_ended_with_its_children(deaf, tmp_path, monkeypatch):
 
 
 def test_an_interrupted_stage_may_say_what_it_knows(capfd):
-    code = "import time\ntry:\n    time.sleep(9)\nexcept KeyboardInterrupt:\n    print('2 failed')"
-    over = outcome(code, seconds=1.0, stop=signal.SIGINT)
+    code = "import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('2 failed')"
+    over = outcome(code, seconds=8.0, stop=signal.SIGINT)
     assert over.word == "ran over" and "2 failed" in capfd.readouterr().out
 
 
