@@ -15,6 +15,8 @@ _ATTENTION = (
 )  # fmt: skip
 _MLP = ("ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "fc1", "fc2")
 # names of diffusers UNets and transformers' CLIP text encoders
+# what an image prompt brings into a UNet is not the UNet's: a preset leaves it out
+_BROUGHT = r"(.*\.)?(encoder_hid_proj|processor)\..*"
 PRESETS = {"attn": _ATTENTION, "attn-mlp": _ATTENTION + _MLP, "full": None}
 
 
@@ -49,6 +51,8 @@ def select(model: nn.Module, targets: str | Iterable[str]) -> dict[str, nn.Modul
         ValueError: no layer matches, or a layer that does cannot be adapted.
     """
     found = dict(layers_of(model))
+    if isinstance(targets, str) and targets in PRESETS:
+        found = {p: layer for p, layer in found.items() if not _matches(_BROUGHT, p)}
     names = PRESETS.get(targets, ()) if isinstance(targets, str) else tuple(targets)
     if isinstance(targets, str) and targets not in PRESETS:
         chosen = [p for p in found if _matches(targets, p)]

@@ -104,6 +104,17 @@ PER_BLOCK = {
 }
 
 
+@pytest.mark.parametrize("preset", ["attn", "attn-mlp", "full"])
+def test_presets_leave_out_what_an_image_prompt_brought(preset):
+    unet = Block()
+    plain = list(inject(copy.deepcopy(unet), targets=preset, rank=2))
+    unet.encoder_hid_proj = nn.ModuleList([Block()])
+    unet.attn1.processor = nn.ModuleDict({"to_k_ip": nn.ModuleList([nn.Linear(8, 8)])})
+    assert list(inject(copy.deepcopy(unet), targets=preset, rank=2)) == plain
+    # named, they are meant
+    assert "attn1.processor.to_k_ip.0" in inject(unet, targets=r".*to_k_ip.*", rank=2)
+
+
 @pytest.mark.parametrize("which", ["unet", "clip"])
 def test_presets_on_real_architectures(which):
     if which == "unet":
