@@ -173,6 +173,7 @@ def run(stage: Stage, seconds: float, environment: dict[str, str]) -> Outcome:
         several = len(stage.commands) > 1
         logs = [stack.enter_context(tempfile.TemporaryFile()) if several else None
                 for _ in stage.commands]  # fmt: skip
+        stack.enter_context(_heard_by_children())
         processes = [
             subprocess.Popen(command, cwd=record.ROOT, env=environment, stdout=log,
                              stderr=subprocess.STDOUT if several else None, start_new_session=True)
@@ -192,6 +193,19 @@ def run(stage: Stage, seconds: float, environment: dict[str, str]) -> Outcome:
     if failed:
         return Outcome(stage.name, "failed", took, f"exit {', '.join(map(str, failed))}")
     return Outcome(stage.name, "ok", took)
+
+
+@contextlib.contextmanager
+def _heard_by_children():
+    """Children started within hear SIGINT, also those of a background job, which ignores it."""
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    if ignored:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if ignored:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _wait(processes: list[subprocess.Popen], seconds: float) -> bool:

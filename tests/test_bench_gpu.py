@@ -49,9 +49,15 @@ def test_what_runs_over_is_ended_with_its_children(deaf, tmp_path, monkeypatch):
     assert not (tmp_path / "late").exists()
 
 
-def test_an_interrupted_stage_may_say_what_it_knows(capfd):
+@pytest.mark.parametrize("here", [signal.default_int_handler, signal.SIG_IGN], ids=["", "ignored"])
+def test_an_interrupted_stage_may_say_what_it_knows(here, capfd):
+    before = signal.signal(signal.SIGINT, here)
     code = "import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('2 failed')"
-    over = outcome(code, seconds=8.0, stop=signal.SIGINT)
+    try:
+        over = outcome(code, seconds=8.0, stop=signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is here
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert over.word == "ran over" and "2 failed" in capfd.readouterr().out
 
 
