@@ -57,13 +57,13 @@ def is_flat(optimizer, model):
     return inside and apart and not any(start % 64 for start, _ in at)
 
 
-@pytest.mark.parametrize("ratio", [None, 4.0], ids=["one rate", "loraplus"])
-@pytest.mark.parametrize("algo", ALGOS)
+# a LoKr as small as this has no up for another rate
+@pytest.mark.parametrize(
+    ("algo", "ratio"), [(a, r) for a in ALGOS for r in (None, 4.0) if (a, r) != ("lokr", 4.0)]
+)
 def test_trains_as_adamw_does(algo, ratio):
     """Also DoRA, whose norm is kept until a factor's version changes."""
     model, alone = model_of(algo), model_of(algo)
-    if algo == "lokr" and ratio:
-        pytest.skip("a LoKr as small as this has no up")
     groups = [parameter_groups(m, 1e-2, loraplus_ratio=ratio) for m in (model, alone)]
     flat, own = FlatAdamW(groups[0]), torch.optim.AdamW(groups[1], fused=True)
     assert [g["lr"] for g in flat.param_groups] == [g["lr"] for g in own.param_groups]

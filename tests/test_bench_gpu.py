@@ -152,8 +152,8 @@ def test_parts_are_the_tests_that_use_the_device(request):
     assert (part("0/4"), part("3/4")) == ([1, 7], [5])
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so(capsys):
+def test_without_a_gpu_it_says_so(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for arguments, said in ([], "sees no NVIDIA GPU"), (["--device", "cpu"], "with --quick"):
         with pytest.raises(SystemExit) as raised:
             gpu.main(arguments)
