@@ -1,21 +1,18 @@
-"""kron_delta: the update of LoKr alone, of layers of Stable Diffusion 1.5.
-
-The floor is no frozen layer but the spec. Every factor but the first counts as the layer's, the
-first as its input.
-"""
+"""kron_delta: the update of LoKr alone."""
 
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
+from bench.ops._delta import DIRECTIONS, FLOOR, SIZES, backward_inputs, layer, normals
 from bench.peers import Layer
 from lorakern.adapters import lokr_shapes
 from lorakern.functional import kron_delta
 
+__all__ = ["BACKWARD", "CASES", "DIRECTIONS", "FLOOR", "FORWARD", "backward_inputs", "inputs",
+           "layers"]  # fmt: skip
+
 FORWARD, BACKWARD = "kron_delta_fwd", "kron_delta_bwd"
-DIRECTIONS = ("fwd", "fwd+bwd")
-FLOOR = "reference"
 
 
 @dataclass(frozen=True)
@@ -30,32 +27,16 @@ class Case:
         return f"O{self.O} I{self.I} F{self.F}"
 
 
-# SD 1.5: to_q/k/v of the levels, GEGLU's projection, to_k of text, a 3 x 3 convolution
-CASES = [
-    Case(O, I, F)
-    for O, I in ((1280, 1280), (320, 320), (2560, 320), (320, 768), (320, 2880))  # noqa: E741
-    for F in (-1, 8)
-]
+CASES = [Case(*size, F) for size in SIZES for F in (-1, 8)]
 
 
 def inputs(case: Case, dtype: torch.dtype, device: torch.device) -> tuple:
     """Arguments of the op's forward."""
-
-    def normal(*shape: int, over: int) -> Tensor:
-        return (torch.randn(*shape, generator=seed) / over**0.5).to(device, dtype)
-
-    seed = torch.Generator().manual_seed(0)
+    normal = normals(dtype, device)
     (A, P), (B, Q) = (lokr_shapes.split(n, case.F) for n in (case.O, case.I))
     return normal(A, B, over=B), normal(P, Q, over=Q), 0.5
 
 
-def backward_inputs(args: tuple, _: None, ddelta: Tensor) -> tuple:
-    """Arguments of the op's backward, every gradient wanted."""
-    return ddelta, *args, [True, True]
-
-
 def layers(args: tuple) -> dict[str, Layer]:
-    """The update of the first factor and the trained others."""
-    _, *others, scale = args
-    trained = tuple(f.detach().requires_grad_() for f in others)
-    return {"lorakern": Layer(lambda first: kron_delta(first, *trained, scale), trained)}
+    """See _delta.layer."""
+    return layer(kron_delta, args)
