@@ -9,6 +9,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
+#include <cmath>
 #include <vector>
 
 #include "block_product.h"
@@ -57,33 +58,46 @@ void gain_gradient(const Forward& forward, const typename Forward::scalar_t* dy,
   }
 }
 
-// the same of an acc[M, O] that was kept
+// The same from y, with acc = (y - bias) / gain, in one pass over y and dy. False where the rounding
+// of y hides acc: at a gain near 0, or under a bias whose output is over twice as large in the mean.
 template <typename scalar_t, typename acc_t = at::opmath_type<scalar_t>>
-void gain_gradient(const scalar_t* acc, const scalar_t* dy, int64_t M, int64_t O, acc_t* dgain) {
+bool gain_gradient(const scalar_t* y, const scalar_t* bias, const acc_t* gain, const scalar_t* dy,
+                   int64_t M, int64_t O, acc_t* dgain) {
   const int64_t threads = M * O < kSerial ? 1 : at::get_num_threads();
   const int64_t slots = std::clamp<int64_t>((M + kNarrowRun - 1) / kNarrowRun, 1, threads);
-  std::vector<acc_t> parts(slots * O);
+  std::vector<acc_t> wide_bias(O);
+  if (bias) widen(wide_bias.data(), bias, O);
+  // of a slot: sums of dy · a, a² and y², where a = y - bias
+  std::vector<acc_t> parts(slots * 3 * O);
   at::parallel_for(0, slots, 1, [&](int64_t b, int64_t e) {
-    std::vector<acc_t> run(O), one(O), other(O);
+    std::vector<acc_t> run(3 * O), own(O), other(O);
     for (int64_t slot = b; slot < e; ++slot) {
-      acc_t* const part = parts.data() + slot * O;
+      acc_t* const part = parts.data() + slot * 3 * O;
       const int64_t end = (slot + 1) * M / slots;
       for (int64_t from = slot * M / slots; from < end; from += kNarrowRun) {
         std::fill(run.begin(), run.end(), acc_t(0));
         for (int64_t m = from; m < std::min(end, from + kNarrowRun); ++m) {
-          widen(one.data(), acc + m * O, O);
+          widen(own.data(), y + m * O, O);
           widen(other.data(), dy + m * O, O);
-          for (int64_t o = 0; o < O; ++o) run[o] += one[o] * other[o];
+          for (int64_t o = 0; o < O; ++o) {
+            const acc_t a = own[o] - wide_bias[o];
+            run[o] += other[o] * a;
+            run[O + o] += a * a;
+            run[2 * O + o] += own[o] * own[o];
+          }
         }
-        for (int64_t o = 0; o < O; ++o) part[o] += run[o];
+        for (int64_t o = 0; o < 3 * O; ++o) part[o] += run[o];
       }
     }
   });
   for (int64_t o = 0; o < O; ++o) {
-    acc_t sum = 0;
-    for (int64_t slot = 0; slot < slots; ++slot) sum += parts[slot * O + o];
-    dgain[o] = sum;
+    acc_t sum[3] = {};
+    for (int64_t slot = 0; slot < slots; ++slot)
+      for (int64_t i = 0; i < 3; ++i) sum[i] += parts[(3 * slot + i) * O + o];
+    if (!(std::abs(gain[o]) > acc_t(1) / 16 && sum[2] <= 4 * sum[1])) return false;
+    dgain[o] = sum[0] / gain[o];
   }
+  return true;
 }
 
 }  // namespace lorakern

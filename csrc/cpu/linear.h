@@ -37,9 +37,7 @@ inline at::TensorOptions wide_options(const at::Tensor& x) {
 inline at::Tensor row_gain(const std::optional<at::Tensor>& gain, int64_t O, const at::Tensor& x) {
   if (!gain) return at::Tensor();
   check_shape(*gain, "gain", {O});
-  TORCH_CHECK_VALUE(gain->dtype() == wide_options(x).dtype() && gain->device() == x.device(),
-                    "gain: want ", wide_options(x).dtype(), " on ", x.device(), ", got ",
-                    gain->dtype(), " on ", gain->device());
+  check_like(*gain, "gain", x, at::toOpMathType(x.scalar_type()));
   return gain->contiguous();
 }
 

@@ -9,7 +9,6 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/ops/addmm.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
@@ -26,16 +25,8 @@ template <typename scalar_t, bool kPairs>
 struct Forward : Block<scalar_t, kPairs> {
   using acc_t = at::opmath_type<scalar_t>;
   double scale;
-  // may be null; kept is [M, O]: the sums before gain and bias
-  scalar_t *h, *kept = nullptr;
-
-  void store(int64_t slot, int64_t row, int64_t rows, int64_t col, int64_t used, acc_t* sums,
-             int64_t ld) {
-    const int64_t O = this->p.N;
-    for (int64_t i = 0; kept && i < rows; ++i)
-      narrow<scalar_t, acc_t>(kept + (row + i) * O + col, sums + i * ld, nullptr, used);
-    Block<scalar_t, kPairs>::store(slot, row, rows, col, used, sums, ld);
-  }
+  // may be null
+  scalar_t* h;
 
   void visit(int64_t, int64_t row, int64_t rows, const acc_t*, acc_t* t) const {
     const int64_t R = this->p.R, Rp = padded<acc_t>(R);
@@ -127,10 +118,12 @@ bool few_rows(const at::Tensor& x, int64_t M, int64_t weight_size) {
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> lora_linear_keeping_cpu(
-    const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-    const at::Tensor& down, const at::Tensor& up, double scale,
-    const std::optional<at::Tensor>& gain, bool keep) {
+std::tuple<at::Tensor, at::Tensor> lora_linear_fwd_cpu(const at::Tensor& x,
+                                                       const at::Tensor& weight,
+                                                       const std::optional<at::Tensor>& bias,
+                                                       const at::Tensor& down, const at::Tensor& up,
+                                                       double scale,
+                                                       const std::optional<at::Tensor>& gain) {
   const int64_t I = x.size(-1), O = weight.size(0), R = down.size(0),
                 M = x.numel() / std::max<int64_t>(I, 1);
   check_shape(weight, "weight", {O, I});
@@ -147,8 +140,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> lora_linear_keeping_cpu(
   at::Tensor y = at::empty(sizes, x.options());
   sizes.back() = R;
   at::Tensor h = at::empty(sizes, x.options());
-  at::Tensor kept = keep ? at::empty_like(y) : at::Tensor();
-  if (M == 0) return {y, h, kept};
+  if (M == 0) return {y, h};
   if (!gain && few_rows(x, M, O * I)) {
     const at::AutoDispatchBelowADInplaceOrView below;
     const at::Tensor x_MI = x.view({M, I});
@@ -156,26 +148,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> lora_linear_keeping_cpu(
     at::mm_out(h_MR, x_MI, d.t());
     bias ? at::addmm_out(y_MO, b, x_MI, w.t()) : at::mm_out(y_MO, x_MI, w.t());
     at::addmm_out(y_MO, y_MO, h_MR, u.t(), 1, scale);
-    return {y, h, kept};
+    return {y, h};
   }
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "lora_linear", [&] {
     const LowRank<scalar_t> p = forward_product<scalar_t>(x, w, b, d, u, y, g);
     with_pairs<scalar_t>(I, [&](auto pairs) {
-      Forward<scalar_t, pairs.value> op{{p}, scale, h.mutable_data_ptr<scalar_t>(),
-                                           keep ? kept.mutable_data_ptr<scalar_t>() : nullptr};
+      Forward<scalar_t, pairs.value> op{{p}, scale, h.mutable_data_ptr<scalar_t>()};
       block_product(op, rows_of(op));
     });
   });
-  return {y, h, kept};
-}
-
-std::tuple<at::Tensor, at::Tensor> lora_linear_fwd_cpu(const at::Tensor& x,
-                                                       const at::Tensor& weight,
-                                                       const std::optional<at::Tensor>& bias,
-                                                       const at::Tensor& down, const at::Tensor& up,
-                                                       double scale,
-                                                       const std::optional<at::Tensor>& gain) {
-  auto [y, h, kept] = lora_linear_keeping_cpu(x, weight, bias, down, up, scale, gain, false);
   return {y, h};
 }
 
@@ -210,7 +191,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_bwd_cpu(
     if (needs[3]) {
       const auto p = forward_product<scalar_t>(x, w, {}, d, u, {}, {});
       with_pairs<scalar_t>(I, [&](auto pairs) {
-        gain_gradient(Forward<scalar_t, pairs.value>{{p}, scale, nullptr, nullptr}, data<scalar_t>(dy),
+        gain_gradient(Forward<scalar_t, pairs.value>{{p}, scale, nullptr}, data<scalar_t>(dy),
                       dgain.mutable_data_ptr<at::opmath_type<scalar_t>>());
       });
     }

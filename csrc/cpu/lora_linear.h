@@ -22,11 +22,4 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_bwd_cpu(
     const at::Tensor& down, const at::Tensor& up, double scale,
     const std::optional<at::Tensor>& gain, std::array<bool, 4> needs);
 
-// As forward; with `keep` also the sums before gain and bias [..., O], in x's dtype, from which and
-// dy the gradient of the gain is then a reduction instead of a product.
-std::tuple<at::Tensor, at::Tensor, at::Tensor> lora_linear_keeping_cpu(
-    const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-    const at::Tensor& down, const at::Tensor& up, double scale,
-    const std::optional<at::Tensor>& gain, bool keep);
-
 }  // namespace lorakern

@@ -2,8 +2,9 @@
 // node, which costs a small layer a third of what a Python one does.
 //
 // y = gain ∘ (x weightᵀ + scale · (x downᵀ) upᵀ) + bias; x, down, up and gain get gradients. Saved:
-// h [M, R], and x unless down is frozen. Where a gain trains, y before gain and bias too, or backward
-// would cost half a layer more.
+// h [M, R], and x unless down is frozen. Where a gain trains, y too, which most networks keep anyhow
+// and which spares backward a product of half the layer's cost. The layer may be followed by an
+// operator that overwrites y: then the product is run again.
 
 #include <ATen/ops/empty.h>
 #include <ATen/Dispatch.h>
@@ -21,48 +22,73 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// dgain from the sums that forward kept
-at::Tensor gain_gradient_cpu(const at::Tensor& kept, const at::Tensor& dy) {
-  const int64_t O = dy.size(-1), M = rows_in(dy);
-  at::Tensor dgain = at::zeros({O}, wide_options(dy));
+// dgain from y, or an undefined tensor where y does not tell it
+at::Tensor gain_gradient_cpu(const at::Tensor& y, const std::optional<at::Tensor>& bias,
+                             const at::Tensor& gain, const at::Tensor& dy) {
+  const int64_t O = dy.size(-1);
+  const at::Tensor g = row_gain(gain, O, dy), b = row_vector(bias, "bias", O, dy);
+  at::Tensor dgain = at::empty({O}, g.options());
+  bool told = false;
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dy.scalar_type(), "gain", [&] {
-    if (M > 0)
-      gain_gradient(data<scalar_t>(kept), data<scalar_t>(dy), M, O,
-                    dgain.mutable_data_ptr<at::opmath_type<scalar_t>>());
+    using acc_t = at::opmath_type<scalar_t>;
+    told = gain_gradient(data<scalar_t>(y), data_or_null<scalar_t>(b), data<acc_t>(g),
+                         data<scalar_t>(dy), rows_in(dy), O, dgain.mutable_data_ptr<acc_t>());
   });
-  return dgain;
+  return told ? dgain : at::Tensor();
 }
+
+// How often a tensor had been written to, and whether it was since; it does not hold the tensor.
+struct Version : torch::CustomClassHolder {
+  explicit Version(const at::Tensor& t)
+      : counter(torch::autograd::impl::version_counter(t)), then(counter.current_version()) {}
+  bool same() const { return counter.current_version() == then; }
+  c10::VariableVersion counter;
+  uint32_t then;
+};
 
 struct LoraLinear : torch::autograd::Function<LoraLinear> {
   // what gets a gradient comes first: needs_input_grad counts tensors
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& down,
                             const at::Tensor& up, const std::optional<at::Tensor>& gain,
                             const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-                            double scale, bool keep) {
-    auto [y, h, kept] =
-        lora_linear_keeping_cpu(x, weight, bias, down, up, scale, gain, keep);
+                            double scale, bool train_gain) {
+    auto [y, h] = lora_linear_fwd_cpu(x, weight, bias, down, up, scale, gain);
     // a frozen down asks x for no more than its shape
-    ctx->save_for_backward({down.requires_grad() ? x : at::Tensor(), h, weight, down, up,
-                            gain.value_or(at::Tensor()), kept});
+    const at::Tensor none;
+    ctx->save_for_backward({down.requires_grad() || train_gain ? x : none, h, weight, down, up,
+                            gain.value_or(none), train_gain ? bias.value_or(none) : none,
+                            train_gain ? y.variable_data() : none});
     ctx->saved_data["scale"] = scale;
+    if (train_gain)
+      ctx->saved_data["version"] = c10::IValue::make_capsule(c10::make_intrusive<Version>(y));
     return y;
+  }
+
+  static std::optional<at::Tensor> given(const at::Tensor& t) {
+    return t.defined() ? std::optional(t) : std::nullopt;
+  }
+
+  static const Version& version(AutogradContext* ctx) {
+    return static_cast<const Version&>(*ctx->saved_data["version"].toCapsule());
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& dy) {
     const auto saved = ctx->get_saved_variables();
-    const auto gain = saved[5].defined() ? std::optional(saved[5]) : std::nullopt;
-    const bool need_dgain = gain && ctx->needs_input_grad(3);
-    const std::array<bool, 4> needs = {ctx->needs_input_grad(0), ctx->needs_input_grad(1),
-                                       ctx->needs_input_grad(2), false};
+    const auto gain = given(saved[5]), bias = given(saved[6]);
+    std::array<bool, 4> needs = {ctx->needs_input_grad(0), ctx->needs_input_grad(1),
+                                 ctx->needs_input_grad(2), gain && ctx->needs_input_grad(3)};
     auto sizes = dy[0].sizes().vec();
     sizes.back() = saved[2].size(1);
     const at::Tensor x = saved[0].defined() ? saved[0] : at::empty(sizes, dy[0].options());
     const at::Tensor grad = dy[0].contiguous();
-    auto [dx, ddown, dup, none] =
+    at::Tensor from_y;
+    if (needs[3] && version(ctx).same())
+      from_y = gain_gradient_cpu(saved[7], bias, *gain, grad);
+    needs[3] = needs[3] && !from_y.defined();
+    auto [dx, ddown, dup, dgain] =
         lora_linear_bwd_cpu(grad, x, saved[1], saved[2], saved[3], saved[4],
                             ctx->saved_data["scale"].toDouble(), gain, needs);
-    const at::Tensor dgain = need_dgain ? gain_gradient_cpu(saved[6], grad) : at::Tensor();
-    variable_list grads = {dx, ddown, dup, dgain, {}, {}, {}, {}};
+    variable_list grads = {dx, ddown, dup, needs[3] ? dgain : from_y, {}, {}, {}, {}};
     for (size_t i = 0; i < 3; ++i) {
       if (!needs[i]) grads[i] = at::Tensor();
     }
@@ -74,8 +100,8 @@ at::Tensor lora_linear_cpu(const at::Tensor& x, const at::Tensor& weight,
                            const std::optional<at::Tensor>& bias, const at::Tensor& down,
                            const at::Tensor& up, double scale,
                            const std::optional<at::Tensor>& gain) {
-  const bool keep = gain && gain->requires_grad() && at::GradMode::is_enabled();
-  return LoraLinear::apply(x, down, up, gain, weight, bias, scale, keep);
+  const bool train_gain = gain && gain->requires_grad() && at::GradMode::is_enabled();
+  return LoraLinear::apply(x, down, up, gain, weight, bias, scale, train_gain);
 }
 
 }  // namespace

@@ -1,7 +1,9 @@
 """What lora_linear keeps for backward, and what a gain near 1 does in 16-bit."""
 
+import pytest
 import torch
-from test_lora_linear import detached, dtypes, inputs
+from test_lora_linear import TRAINED, detached, dtypes, inputs
+from torch.utils.checkpoint import checkpoint
 
 from lorakern import backend
 from lorakern.functional import lora_linear
@@ -65,3 +67,72 @@ def test_a_gain_near_one_is_not_rounded(dtype, device):
         assert y.dtype == dtype
         assert abs(lost_share(lambda y=y: y, 1e-4 * acc, acc)) < 0.1
         assert torch.autograd.grad(y.sum(), gain)[0].dtype == wide(dtype)
+
+
+@dtypes
+def test_a_trained_gain_keeps_the_output_itself(dtype, device):
+    """Beside h no memory that the output is not already in: y is not copied."""
+    args = inputs(((4, 9), 32, 48, 5), dtype, device, gain=True)
+    known = {a.data_ptr() for a in args if isinstance(a, torch.Tensor)}
+    saved = {}
+
+    def pack(tensor):
+        saved[tensor.data_ptr()] = tuple(tensor.shape)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = lora_linear(*args)
+    new = {at: shape for at, shape in saved.items() if at not in known}
+    new.pop(y.data_ptr(), None)
+    assert list(new.values()) == [(4, 9, 5)]
+
+
+def gain_case(change, device):
+    """Arguments in float32 of which y alone may not tell what the gain's gradient is."""
+    args = list(inputs(((150,), 32, 48, 5), torch.float32, device, gain=True))
+    with torch.no_grad():
+        change(args[2], args[6])
+    return args
+
+
+def zero_gain(bias, gain):
+    gain[7] = 0
+
+
+def tiny_gain(bias, gain):
+    gain[7] = 1e-9
+
+
+def large_bias(bias, gain):
+    bias[7] = 1e6
+
+
+def none(bias, gain):
+    pass
+
+
+@pytest.mark.parametrize("change", [none, zero_gain, tiny_gain, large_bias])
+@pytest.mark.parametrize("after", ["kept", "overwritten"])
+def test_the_gradient_of_a_gain_is_right_whatever_became_of_y(change, after, device):
+    args = gain_case(change, device)
+    x, weight, bias, down, up, scale, gain = detached(args)
+    y = lora_linear(*args)
+    dy = torch.randn_like(y)
+    out = y.mul_(0.5) if after == "overwritten" else 0.5 * y
+    got = torch.autograd.grad(out, [args[i] for i in TRAINED], dy)
+    wide = [a.double() if isinstance(a, torch.Tensor) else a for a in detached(args)]
+    _, h = reference.lora_linear_fwd(*wide)
+    x, weight, _, down, up, scale, gain = wide
+    needs = [True] * 4
+    want = reference.lora_linear_bwd(0.5 * dy.double(), x, h, weight, down, up, scale, gain, needs)
+    for mine, right in zip(got, want, strict=True):
+        torch.testing.assert_close(mine.double(), right, rtol=1e-5, atol=2e-5)
+
+
+def test_checkpointing_with_a_gain_gives_the_same_gradients(device):
+    args = inputs(((4, 9), 32, 48, 5), torch.float32, device, gain=True)
+    trained = [args[i] for i in TRAINED]
+    want = torch.autograd.grad(lora_linear(*args).square().sum(), trained)
+    y = checkpoint(lora_linear, *args, use_reentrant=False)
+    for mine, right in zip(torch.autograd.grad(y.square().sum(), trained), want, strict=True):
+        assert torch.equal(mine, right)
