@@ -16,10 +16,14 @@ inline void check_contiguous(const at::Tensor& t, const char* name) {
                     t.strides(), " for shape ", t.sizes());
 }
 
+inline void check_like(const at::Tensor& t, const char* name, const at::Tensor& x,
+                       at::ScalarType dtype) {
+  TORCH_CHECK_VALUE(t.scalar_type() == dtype && t.device() == x.device(), name, ": want ", dtype,
+                    " on ", x.device(), ", got ", t.scalar_type(), " on ", t.device());
+}
+
 inline void check_like(const at::Tensor& t, const char* name, const at::Tensor& x) {
-  TORCH_CHECK_VALUE(t.scalar_type() == x.scalar_type() && t.device() == x.device(), name, ": want ",
-                    x.scalar_type(), " on ", x.device(), ", got ", t.scalar_type(), " on ",
-                    t.device());
+  check_like(t, name, x, x.scalar_type());
 }
 
 }  // namespace lorakern

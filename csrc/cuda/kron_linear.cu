@@ -61,7 +61,7 @@ void factor_gradients(at::Tensor& dc, at::Tensor& dd, const at::Tensor& dy, cons
          need_dc ? dc_parts.mutable_data_ptr<acc_t>() : nullptr,
          need_dd ? dd_parts.mutable_data_ptr<acc_t>() : nullptr, dy.const_data_ptr<scalar_t>(),
          x.const_data_ptr<scalar_t>(), c.const_data_ptr<acc_t>(), d.const_data_ptr<acc_t>(),
-         gain.defined() ? gain.const_data_ptr<scalar_t>() : nullptr, scale,
+         gain.defined() ? gain.const_data_ptr<acc_t>() : nullptr, scale,
          KronSizes{M, A, B, P, Q, share});
   sum_parts<acc_t, acc_t>(dc, dc_parts);
   sum_parts<acc_t, acc_t>(dd, dd_parts);
@@ -85,14 +85,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> kron_linear_factors_c
   sizes.back() = A * P;
   check_shape(dy, "dy", sizes);
   check_like(dy, "dy", x);
+  const auto wide = at::toOpMathType(x.scalar_type());
   if (gain) {
     check_shape(*gain, "gain", {A * P});
-    check_like(*gain, "gain", x);
+    // one near 1 is lost in 16-bit
+    check_like(*gain, "gain", x, wide);
   }
   const c10::cuda::CUDAGuard guard(x.device());
   const at::Tensor g = gain ? gain->contiguous() : at::Tensor();
 
-  const auto wide = at::toOpMathType(x.scalar_type());
   const at::Tensor c = whole(c_up, c_down, wide), d = whole(d_up, d_down, wide);
   const bool need_dc = needs[0] || needs[1], need_dd = needs[2] || needs[3];
   // no rows or no columns: no block runs, and the sums are 0

@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kKronLinearThreads, sizeof(acc_t) == 8 ? 4 : 6
     kron_linear_factors_kernel(acc_t* __restrict__ dc_parts, acc_t* __restrict__ dd_parts,
                                const scalar_t* __restrict__ dy, const scalar_t* __restrict__ x,
                                const acc_t* __restrict__ c, const acc_t* __restrict__ d,
-                               const scalar_t* __restrict__ gain, acc_t scale, KronSizes sizes) {
+                               const acc_t* __restrict__ gain, acc_t scale, KronSizes sizes) {
   constexpr int kAtOnce = kKronSide / kC, kMicro = kC / 8, kTile = kKronSide * kKronPitch;
   extern __shared__ __align__(32) unsigned char dynamic_shared[];
   acc_t* const x_s = reinterpret_cast<acc_t*>(dynamic_shared);
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kKronLinearThreads, sizeof(acc_t) == 8 ? 4 : 6
       if (row + m >= end || a0 + a >= A || p0 + p >= P) return acc_t(0);
       const int64_t o = (a0 + a) * P + p0 + p;
       const acc_t value = scale * static_cast<acc_t>(dy[(row + m) * A * P + o]);
-      return gain ? static_cast<acc_t>(gain[o]) * value : value;
+      return gain ? gain[o] * value : value;
     });
     __syncthreads();
     if (dc_parts) {

@@ -8,6 +8,7 @@ import torch
 from cuda_aot import check_on_host
 
 from lorakern import backend
+from lorakern.ops.check import wide
 from lorakern.ops.kron_linear import op
 from lorakern.testing import DTYPES
 
@@ -33,7 +34,8 @@ def inputs(shape, dtype, gain=False):
     c = (make(A, R), make(R, B)) if R else (make(A, B), None)
     d = (make(P, S), make(S, Q)) if S else (make(P, Q), None)
     x, weight = make(*leading, B * Q), make(A * P, B * Q, divided_by=B * Q)
-    return make(*leading, A * P), x, weight, *c, *d, 0.7, 1 + make(A * P) / 5 if gain else None
+    gain = (1 + make(A * P) / 5).to(wide(dtype)) if gain else None
+    return make(*leading, A * P), x, weight, *c, *d, 0.7, gain
 
 
 @pytest.mark.parametrize("gain", [False, True], ids=["", "gain"])
@@ -73,6 +75,13 @@ def test_a_wrong_shape_is_named(cuda_host):
         launch(dy, x[:, 1:], *rest, [True] * 4)
     with pytest.raises(ValueError, match=r"dy: want shape \[37, 21\], got \[36, 21\]"):
         launch(dy[1:], x, *rest, [True] * 4)
+
+
+def test_a_gain_beside_16_bit_is_float32(cuda_host):
+    launch = torch.ops.lorakern_host.kron_linear_factors_cuda
+    dy, x, _, *rest, gain = inputs(SHAPES[0], torch.bfloat16, gain=True)
+    with pytest.raises(ValueError, match="gain: want Float on cpu, got BFloat16"):
+        launch(dy, x, *rest, gain.bfloat16(), [True] * 4)
 
 
 @pytest.mark.parametrize(
