@@ -1,6 +1,7 @@
 """One whole training step of a Stable Diffusion UNet: forward, loss, backward, AdamW.
 
     python -m bench.train_step --model sd15 --size 16 --record
+    python -m bench.train_step --algo loha --rank 8 --size 32
 
 The frozen UNet, lorakern and the peers take turns on one set of random base weights: before its
 step an arm's layers are put into the UNet. Nothing is timed before all arms have given the
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 
 import lorakern
 from bench import check, peers, record, timing, usage
+from bench.ops import hada_linear, kron_linear
+from lorakern.adapters import lokr_shapes
 
 SD15 = {"cross_attention_dim": 768}
 SDXL = {
@@ -102,24 +105,26 @@ def measure(options: argparse.Namespace, device: torch.device) -> list[record.Ro
     unet.requires_grad_(False)
     if options.checkpointing:
         unet.enable_gradient_checkpointing()
-    paths = list(lorakern.inject(unet, rank=options.rank, targets=options.targets))
+    found = lorakern.inject(unet, rank=1, targets=options.targets)
     lorakern.eject(unet)
+    paths = list(found)
     batch = _batch(unet, options.size, options.batch)
     arms, first_s = {"frozen": Arm({}, [])}, {"frozen": ""}
     _step(unet, arms["frozen"], batch)
     linear = all(isinstance(unet.get_submodule(path), nn.Linear) for path in paths)
     for name in _names(options, linear=linear):
         start = time.perf_counter()
-        arms[name] = _build(name, unet, paths, options.rank)
+        arms[name] = _build(name, unet, paths, options.algo, options.rank)
         _step(unet, arms[name], batch)
         first_s[name] = time.perf_counter() - start
-    _check(unet, arms, batch, CLOSE[options.dtype])
+    _check(unet, arms, batch, options)
 
     steps = {name: lambda arm=arm: _step(unet, arm, batch) for name, arm in arms.items()}
     used = {name: _usage(unet, arm, batch) for name, arm in arms.items()}
     taken = timing.interleave(steps, device, seconds=options.seconds, rounds=options.rounds)
     case = f"{options.model} {options.size}x{options.size} B{options.batch} {options.targets}"
-    case += f" R{options.rank}" + " checkpointing" * options.checkpointing
+    case += f" {options.algo}" * (options.algo != "lora") + f" R{options.rank}"
+    case += " checkpointing" * options.checkpointing
     return [
         record.Row(
             op="train_step",
@@ -173,39 +178,61 @@ def _names(options: argparse.Namespace, *, linear: bool) -> list[str]:
     if "lycoris-lora" not in gone:
         names += ["lycoris", "lycoris bypass"]
     # its convolutions have another formula
-    if "loralib" not in gone and linear:
+    if "loralib" not in gone and linear and options.algo == "lora":
         names.append("loralib")
     return [n for n in names if not options.arms or n in options.arms]
 
 
-def _build(name: str, unet: nn.Module, paths: list[str], rank: int) -> Arm:
+def _build(name: str, unet: nn.Module, paths: list[str], algo: str, rank: int) -> Arm:
     # each arm gets layers of its own around the same weights, so that the arms do not stack
     plain = {path: copy.copy(unet.get_submodule(path)) for path in paths}
+    chosen = {path: _algorithm(algo, layer, rank) for path, layer in plain.items()}
     if name.startswith(("lycoris", "loralib")):
-        make = peers.loralib if name == "loralib" else peers.lycoris
-        options = {} if name == "loralib" else {"bypass": name == "lycoris bypass"}
-        made = {path: make(layer, rank, rank, **options) for path, layer in plain.items()}
+        made = {
+            path: peers.loralib(layer, rank, rank)
+            if name == "loralib"
+            else peers.lycoris(
+                layer, rank, rank, bypass=name == "lycoris bypass", algorithm=chosen[path]
+            )
+            for path, layer in plain.items()
+        }
         places = {path: layer.call for path, layer in made.items()}
         return Arm(places, [f for layer in made.values() for f in layer.factors])
     with _placed(unet, plain):
+        which, options = 0 if name == "lorakern" else 1, next(iter(chosen.values())).options
         if name == "lorakern":
-            lorakern.inject(unet, rank=rank, targets=paths)
+            lorakern.inject(unet, algo, rank=rank, targets=paths, **options[0])
         else:
-            _add_peft(unet, paths, rank, keep_dtype=name.startswith("peft 16-bit"))
+            keep_dtype = name.startswith("peft 16-bit")
+            _add_peft(unet, paths, algo, rank, options[1], keep_dtype=keep_dtype)
         places = {path: unet.get_submodule(path) for path in paths}
     factors = [
-        p for layer in places.values() for n, p in layer.named_parameters() if p.requires_grad
+        layer.get_parameter(factor)
+        for path, layer in places.items()
+        for factor in chosen[path].factors[which]
     ]
     optimizer = lorakern.FlatAdamW(factors) if name == "lorakern" else None
     compiled = torch.compile(unet.forward) if name.endswith("compiled") else None
     return Arm(places, factors, optimizer, compiled)
 
 
-def _add_peft(unet: nn.Module, paths: list[str], rank: int, *, keep_dtype: bool) -> None:
-    from diffusers.training_utils import cast_training_params
-    from peft import LoraConfig
+def _algorithm(algo: str, layer: nn.Module, rank: int) -> peers.Algorithm:
+    if algo == "lokr":
+        # -1 is all the libraries' default; D is whole where two factors of it were larger
+        (_, P), (_, Q) = (lokr_shapes.split(n, -1) for n in layer.weight.shape)
+        return kron_linear.lokr(-1, whole=max(P, Q) <= 2 * rank)
+    return {"lora": peers.LORA, "loha": hada_linear.LOHA}[algo]
 
-    unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=paths))
+
+def _add_peft(
+    unet: nn.Module, paths: list[str], algo: str, rank: int, options: dict, *, keep_dtype: bool
+) -> None:
+    import peft
+    from diffusers.training_utils import cast_training_params
+
+    alphas = {"lora_alpha" if algo == "lora" else "alpha": rank}
+    kind = getattr(peft, _algorithm(algo, unet.get_submodule(paths[0]), rank).names[1])
+    unet.add_adapter(kind(r=rank, target_modules=paths, **alphas, **options))
     if not keep_dtype:
         cast_training_params(unet, torch.float32)
     # the UNet takes another such adapter only when it does not know of this one
@@ -261,14 +288,18 @@ def _step(unet: nn.Module, arm: Arm, batch: Batch) -> None:
 
 
 @check.in_full()
-def _check(unet: nn.Module, arms: dict[str, Arm], batch: Batch, close: float) -> None:
+def _check(
+    unet: nn.Module, arms: dict[str, Arm], batch: Batch, options: argparse.Namespace
+) -> None:
     """On the same factors every arm predicts as merged weights do, with equal gradients."""
     seed, first = torch.Generator().manual_seed(0), next(a for a in arms.values() if a.places)
-    values = [
-        torch.randn(f.shape, generator=seed) / (10 * f.shape[1] ** 0.5) for f in first.factors
-    ]
-    pairs = zip(first.places, values[::2], values[1::2], strict=True)
-    merged = {path: _merged(unet.get_submodule(path), down, up) for path, down, up in pairs}
+    close, left, values, merged = CLOSE[options.dtype], iter(first.factors), [], {}
+    for path in first.places:
+        layer = unet.get_submodule(path)
+        names = _algorithm(options.algo, layer, options.rank).factors[0]
+        own = _values(options.algo, [next(left) for _ in names], seed)
+        merged[path] = _merged(layer, _delta(options.algo, own))
+        values += own
     with _placed(unet, merged), torch.no_grad():
         want = _loss(unet, batch)[1]
     expected: list[Tensor] = []
@@ -290,10 +321,28 @@ def _check(unet: nn.Module, arms: dict[str, Arm], batch: Batch, close: float) ->
     batch.inputs["sample"].grad = None
 
 
-def _merged(layer: nn.Module, down: Tensor, up: Tensor) -> nn.Module:
+def _values(algo: str, factors: list[Tensor], seed: torch.Generator) -> list[Tensor]:
+    """Factors of an update that is a tenth of a usual weight."""
+    stds = [f.shape[1] ** -0.5 for f in factors]
+    # Hadamard: of the two products the first has entries of about 1
+    stds[0] = 1.0 if algo == "loha" else stds[0]
+    stds[-1] *= 0.1
+    return [
+        std * torch.randn(f.shape, generator=seed) for f, std in zip(factors, stds, strict=True)
+    ]
+
+
+def _delta(algo: str, values: list[Tensor]) -> Tensor:
+    first, second, *rest = (v.flatten(1) for v in values)
+    if algo == "lokr":
+        return torch.kron(first, second @ rest[0] if rest else second)
+    return (second @ first) * (rest[1] @ rest[0] if rest else 1)
+
+
+def _merged(layer: nn.Module, delta: Tensor) -> nn.Module:
     merged = copy.copy(layer)
-    delta = (up.flatten(1) @ down.flatten(1)).view_as(layer.weight).to(layer.weight)
-    weight = nn.Parameter(layer.weight + delta, requires_grad=False)
+    weight = layer.weight + delta.view_as(layer.weight).to(layer.weight)
+    weight = nn.Parameter(weight, requires_grad=False)
     merged._parameters = {**layer._parameters, "weight": weight}
     return merged
 
@@ -324,6 +373,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", type=int, default=16, help="side of the latents: pixels / 8")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--targets", choices=("attn", "attn-mlp"), default="attn")
+    parser.add_argument("--algo", choices=("lora", "loha", "lokr"), default="lora")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--dtype", choices=CLOSE, default="float32")
     parser.add_argument("--checkpointing", action="store_true", help="recompute in backward")

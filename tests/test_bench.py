@@ -126,6 +126,15 @@ def test_rows_of_a_step(tmp_path):
             assert float(row[more]) > float(frozen[more]) > 0, more
 
 
+@pytest.mark.parametrize("algo", ["loha", "lokr"])
+def test_a_step_of_every_library_agrees(algo, capsys):
+    train_step.main([*STEP, "--algo", algo, "--rank", "4", "--rounds", "1"])
+    printed = capsys.readouterr().out
+    assert f"tiny 4x4 B1 attn {algo} R4 float32" in printed
+    for arm in ("frozen", "lorakern", "peft", "lycoris", "lycoris bypass"):
+        assert f"  {arm}  " in printed
+
+
 def test_what_is_compiled_is_called_so(tmp_path, monkeypatch):
     called = []
 

@@ -80,13 +80,14 @@ def layers(args: tuple) -> dict[str, peers.Layer]:
     values = (c, d) if d_down is None else (c, d, d_down)
     # any rank that is too large for two factors makes D whole
     rank = max(d.shape) if d_down is None else len(d_down)
-    plain = lambda: peers.linear(weight, bias)  # noqa: E731
-    return peers.layers(plain, values, rank, scale, _lokr(c, whole=d_down is None))
-
-
-def _lokr(c: Tensor, *, whole: bool) -> peers.Algorithm:
     # a square C is what a factor of its size makes, -1 makes the others
     factor = len(c) if c.shape[0] == c.shape[1] else -1
+    plain = lambda: peers.linear(weight, bias)  # noqa: E731
+    return peers.layers(plain, values, rank, scale, lokr(factor, whole=d_down is None))
+
+
+def lokr(factor: int, *, whole: bool) -> peers.Algorithm:
+    """LoKr of this factor, its D whole or of low rank."""
     ours, theirs = ("c", "d"), ("lokr_w1", "lokr_w2")
     if not whole:
         ours, theirs = ("c", "d_up", "d_down"), ("lokr_w1", "lokr_w2_a", "lokr_w2_b")
