@@ -106,8 +106,9 @@ struct Backward : Block<scalar_t, kPairs> {
   }
 };
 
-// Few rows do not repay packing a large weight: then torch's own products, and the update added in
-// place. Only where a sum is as wide as a result, so that nothing is rounded in between.
+// Few rows do not repay packing a large weight, and in backward, where torch packs it too, half as
+// many: then torch's own products, and the update added in place. Only where a sum is as wide as a
+// result, so that nothing is rounded in between.
 constexpr int64_t kFewRows = 256;
 constexpr int64_t kLargeWeight = 1 << 19;
 
@@ -187,6 +188,20 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_bwd_cpu(
              dup = make(need_dup, u.sizes()),
              dgain = at::zeros({need_dgain ? O : 0}, gain ? gain->options() : x.options());
   if (M == 0) return {dx, ddown, dup, dgain};
+  if (!gain && few_rows(dy, M, O * I) && M <= kFewRows / 2) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    const at::Tensor dy_MO = dy.view({M, O}), x_MI = x.view({M, I}), h_MR = h.view({M, R});
+    at::Tensor dh_MR;
+    if (need_dx || need_ddown) dh_MR = at::mm(dy_MO, u).mul_(scale);
+    if (need_dx) {
+      at::Tensor dx_MI = dx.view({M, I});
+      at::mm_out(dx_MI, dy_MO, w);
+      at::addmm_out(dx_MI, dx_MI, dh_MR, d);
+    }
+    if (need_ddown) at::mm_out(ddown, dh_MR.t(), x_MI);
+    if (need_dup) at::mm_out(dup, dy_MO.t(), h_MR).mul_(scale);
+    return {dx, ddown, dup, dgain};
+  }
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "lora_linear", [&] {
     if (needs[3]) {
       const auto p = forward_product<scalar_t>(x, w, {}, d, u, {}, {});

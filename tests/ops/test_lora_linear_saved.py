@@ -115,7 +115,6 @@ def none(bias, gain):
 @pytest.mark.parametrize("after", ["kept", "overwritten"])
 def test_the_gradient_of_a_gain_is_right_whatever_became_of_y(change, after, device):
     args = gain_case(change, device)
-    x, weight, bias, down, up, scale, gain = detached(args)
     y = lora_linear(*args)
     dy = torch.randn_like(y)
     out = y.mul_(0.5) if after == "overwritten" else 0.5 * y
