@@ -23,6 +23,8 @@ DIRECTIONS = {
     "infer": "forward without gradients",
     "step": "whole training step",
 }
+# ops that are a whole model
+WHOLE = ("train_step", "unet_call")
 KIB, MIB = 2**10, 2**20
 
 
@@ -118,7 +120,7 @@ def _details(device: str, groups: list[Group]) -> str:
         mine.sort(key=lambda g: g.direction not in TRAINING)
         rows = [r for g in mine for case in g.cases.values() for r in case.values()]
         parts.append(f"<article id='{_anchor(device, op)}'><h3>{_text(op)}</h3>")
-        if op == "train_step":
+        if op in WHOLE:
             parts += map(_steps, mine)
         else:
             parts += [_legend(rows), _kernels(mine)]
@@ -162,7 +164,7 @@ def _costs(group: Group) -> str:
 
 
 def _steps(group: Group) -> str:
-    """Bars of a whole step: time, and peak memory beside it."""
+    """Bars of a whole step or call: time, and peak memory beside it."""
     parts = []
     for case, arms in group.cases.items():
         slowest = max(r.median_us for r in arms.values())
@@ -188,9 +190,10 @@ def _steps(group: Group) -> str:
         if verdict:
             said += f": {verdict.ratio:.3f}× the time of {_name(verdict.rival.backend)}"
         word = verdict.word if verdict else ""
+        floor = next((_name(r.backend) for r in arms.values() if report.is_floor(r)), "floor")
         parts.append(
             f"<h4>{_text(said)} <span class='{word}'>{word}</span></h4>"
-            "<table class=chart><thead><tr><th><th class=bar>step<th class=n>over frozen"
+            f"<table class=chart><thead><tr><th><th class=bar>time<th class=n>over {_text(floor)}"
             "<th class=n>images/s<th class=bar>peak memory<th class=n>saved MiB</tr></thead>"
             f"<tbody>{''.join(lines)}</tbody></table>"
         )
@@ -348,7 +351,7 @@ def _name(arm: str) -> str:
 
 
 def _steps_first(key: str | tuple[str, str]) -> tuple:
-    return "train_step" not in key, key
+    return (key if isinstance(key, str) else key[0]) not in WHOLE, key
 
 
 def _number(value: float) -> str:

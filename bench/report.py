@@ -154,9 +154,12 @@ def is_floor(row: Row) -> bool:
 
 
 def rivals(rows: dict[str, Row]) -> list[Row]:
-    """Other libraries' layers; where no library has one, the floor, which is plain torch."""
+    """Other libraries' layers; where no library has one, the floor, which is plain torch.
+
+    "lorakern uncached" and the like are no rivals.
+    """
     layers = [r for r in rows.values() if not is_kernel(r) and r.backend != "frozen"]
-    others = [r for r in layers if r.backend != "lorakern"]
+    others = [r for r in layers if not r.backend.startswith("lorakern")]
     return others or [r for r in rows.values() if r.backend == "reference" and is_floor(r)]
 
 

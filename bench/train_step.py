@@ -311,11 +311,11 @@ def _check(
         with _placed(unet, arm.places):
             loss, prediction = _loss(arm.compiled or unet, batch)
             loss.backward()
-        off = _distance(prediction, want)
+        off = distance(prediction, want)
         assert off <= close, f"{name} predicts {off:.2e} beside merged weights, want {close:.0e}"
         grads = [f.grad for f in arm.factors]
         expected = expected or grads
-        off = max(map(_distance, grads, expected))
+        off = max(map(distance, grads, expected))
         assert off <= close, f"{name}: gradients are {off:.2e} beside the first arm's"
         arm.optimizer.zero_grad()
     batch.inputs["sample"].grad = None
@@ -347,7 +347,8 @@ def _merged(layer: nn.Module, delta: Tensor) -> nn.Module:
     return merged
 
 
-def _distance(got: Tensor, want: Tensor) -> float:
+def distance(got: Tensor, want: Tensor) -> float:
+    """How far got is from want, of want's norm; no unit."""
     return ((got.double() - want.double()).norm() / want.double().norm()).item()
 
 

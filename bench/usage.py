@@ -47,16 +47,25 @@ def peak_mib(call: Callable[[], object], device: torch.device) -> float:
     return max(accumulate((e.nbytes() for e in events), initial=0)) / MIB
 
 
-def aten_calls(call: Callable[[], object]) -> int:
-    """Operators that torch's dispatcher ran during a call, backward included, views left out."""
+def aten_calls(call: Callable[[], object], *, idle: bool = True) -> int:
+    """Operators that torch's dispatcher ran during a call, backward included, views left out.
+
+    A call of lorakern's C++ is not seen; what it calls in turn is.
+
+    Args:
+        idle: also those that only get memory, or see it in another shape.
+    """
     with _Count() as count:
         call()
-    return count.calls
+    return count.calls + idle * count.idle
 
 
 class _Count(TorchDispatchMode):
-    calls = 0
+    calls = idle = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.calls += not func.is_view
+        if func.name().startswith(("aten::_unsafe_view", "aten::empty")):
+            self.idle += 1
+        else:
+            self.calls += not func.is_view
         return func(*args, **(kwargs or {}))

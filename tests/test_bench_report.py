@@ -52,11 +52,14 @@ def test_rivals_are_layers_or_else_plain_torch():
     assert verdict(deltas).rival.backend == "reference"
     attention = [row("diffusers"), row("lorakern", 0.8), row("reference", 3.0)]
     assert verdict(attention).ratio == 0.8
+    assert verdict([*attention, row("lorakern uncached", 0.7)]).ratio == 0.8
 
 
 def test_the_page_is_whole_and_alone(tmp_path, capsys):
     step = {"op": "train_step", "direction": "step", "peak_mib": 10.0, "images_s": 2.0}
     more = [row("frozen", **step), row("lorakern", 1.1, **step), row("peft", 1.0, **step)]
+    call = {"op": "unet_call", "direction": "infer", "peak_mib": 9.0, "saved_bytes": 0}
+    more += [row("diffusers", **call), row("lorakern", 0.9, **call)]
     half = [row("lorakern", dtype="bfloat16", lost_share=0.001), row("new arm", 3.0,
             dtype="bfloat16", lost_share=0.6, saved_bytes=0)]  # fmt: skip
     record.append([*ROWS, *more, *half], tmp_path / "gpu.csv")
@@ -67,9 +70,11 @@ def test_the_page_is_whole_and_alone(tmp_path, capsys):
     for said in ("A &lt;GPU&gt;", "lora_linear", "train_step", "2026-01-02", "abc", "new arm",
                  "C++ kernel", "10 MiB", "KiB", "share lost"):  # fmt: skip
         assert said in text, said
-    # lora_linear in both dtypes, and PEFT's step, which wins
-    assert "2 faster, 0 level, 1 slower" in capsys.readouterr().out
-    assert [text.count(f"<b>{n}</b>{word}") for n, word in ((2, "faster"), (1, "slower"))] == [1, 1]
+    assert "over diffusers" in text and "over frozen layer" in text
+    # lora_linear in both dtypes, and PEFT's step, which wins; diffusers' call, which does not
+    printed = capsys.readouterr().out
+    assert "2 faster, 0 level, 1 slower" in printed and "1 faster, 0 level, 0 slower" in printed
+    assert [text.count(f"<b>{n}</b>{word}") for n, word in ((3, "faster"), (1, "slower"))] == [1, 1]
     assert unclosed(text) == []
 
 

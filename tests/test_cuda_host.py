@@ -9,6 +9,8 @@ import torch
 KERNELS = """
 #include <cuda_runtime.h>
 
+#include "cuda/mma.h"
+
 namespace lorakern {
 
 // out = in reversed within each block, by static and by dynamic shared memory
@@ -62,6 +64,37 @@ __global__ void unwritten(float* out) {
   out[threadIdx.x] = reinterpret_cast<float*>(dynamic_shared)[threadIdx.x];
 }
 
+// a b and a b^T of 16 x 16 matrices, whose rows are 24 apart in shared memory
+template <bool kBf16>
+__global__ void matrix_products(float* out, const uint16_t* a, const uint16_t* b) {
+  __shared__ __align__(16) uint16_t a_s[16 * 24], b_s[16 * 24];
+  for (int n = threadIdx.x; n < 256; n += 32) {
+    a_s[n / 16 * 24 + n % 16] = a[n];
+    b_s[n / 16 * 24 + n % 16] = b[n];
+  }
+  __syncthreads();
+  uint32_t of_a[4], of_b[4];
+  load_tile<false>(of_a, a_s, 24);
+  for (int transposed = 0; transposed < 2; ++transposed) {
+    if (transposed) load_rows(of_b, b_s, 24);
+    else load_tile<true>(of_b, b_s, 24);
+    for (int half = 0; half < 2; ++half) {
+      float sums[4] = {1, 1, 1, 1};
+      multiply_add<kBf16>(sums, of_a, of_b[2 * half], of_b[2 * half + 1]);
+      for (int i = 0; i < 4; ++i) {
+        const int row = threadIdx.x / 4 + i / 2 * 8, col = half * 8 + threadIdx.x % 4 * 2 + i % 2;
+        out[transposed * 256 + row * 16 + col] = sums[i];
+      }
+    }
+  }
+}
+
+__global__ void odd_address() {
+  extern __shared__ __align__(32) unsigned char dynamic_shared[];
+  uint32_t words[4];
+  load_matrices<false>(words, dynamic_shared + 2 * threadIdx.x);
+}
+
 }  // namespace lorakern
 
 template <typename... Params, typename... Args>
@@ -84,6 +117,13 @@ bool run_racing(float* out, const float* in) { return runs(3, 64, reverse<false>
 bool run_warp_sums(float* out, const float* in) { return runs(1, 64, warp_sums, out, in); }
 bool run_places(float* out) { return runs(dim3(2, 3, 2), dim3(5, 2, 3), places, out); }
 bool run_unreached_barrier() { return runs(1, 40, unreached_barrier); }
+bool run_float_products(float* out, const uint16_t* a, const uint16_t* b) {
+  return runs(1, 32, matrix_products<false>, out, a, b);
+}
+bool run_bfloat_products(float* out, const uint16_t* a, const uint16_t* b) {
+  return runs(1, 32, matrix_products<true>, out, a, b);
+}
+bool run_odd_address() { return runs(1, 32, odd_address); }
 bool run_past_the_end() { return runs(1, 256, past_the_end); }
 bool run_unwritten(float* out) { return runs(1, 32, unwritten, out); }
 }
@@ -136,7 +176,18 @@ def test_every_thread_of_every_block_runs(host):
     assert torch.equal(out, torch.arange(360.0))
 
 
-@pytest.mark.parametrize("wrong", ["unreached_barrier", "past_the_end"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("backwards", [False, True])
+def test_matrix_instructions(dtype, backwards, host):
+    host.cuda_host_order(ctypes.c_bool(backwards))
+    a, b = (torch.randn(16, 16).to(dtype) for _ in range(2))
+    out = torch.empty(2, 16, 16)
+    assert run(host, f"{str(dtype).removeprefix('torch.').removesuffix('16')}_products", out, a, b)
+    want = torch.stack([1 + a.double() @ b.double(), 1 + a.double() @ b.double().T])
+    torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("wrong", ["unreached_barrier", "past_the_end", "odd_address"])
 def test_what_would_hang_or_overrun_is_an_error(host, wrong):
     assert not run(host, wrong)
     # and the next kernel runs

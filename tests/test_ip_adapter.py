@@ -225,6 +225,35 @@ def test_few_operator_calls_a_layer(count, pipe):
     assert counted.calls == 4 + 2 * count
 
 
+@pytest.mark.skipif(
+    not hasattr(torch.ops.lorakern_native, "decoupled_attention_fwd_cpu"),
+    reason="lorakern._native is not built",
+)
+def test_few_operator_calls_a_layer_of_masked_images(pipe):
+    """Those of one image and a copy of the tokens, image by image: one adapter's K' and V' at once.
+
+    The masks are resized for the first layer of a size, and not again.
+    """
+    unet = load(pipe)
+    pipe.set_ip_adapter_scale([[0.5, 0.7, 0.9]])
+    attn = next(m for n, m in unet.named_modules() if n.endswith("attn2"))
+    x, text = torch.randn(2, 16, attn.to_q.in_features), torch.randn(2, 6, WIDTH)
+    images, masks = [torch.randn(2, 3, 4, WIDTH)], [torch.rand(1, 3, 8, 8)]
+
+    def calls():
+        with torch.no_grad(), Count() as counted:
+            attn(x, (text, images), ip_adapter_masks=masks)
+        return counted.calls
+
+    stock = calls()
+    lorakern.accelerate(unet)
+    calls()
+    attn.processor.text.clear()
+    attn.processor.images[0].clear()
+    # and the attention, which is not counted
+    assert calls() + 1 == 8 < stock / 4
+
+
 def test_compiles_whole(pipe):
     unet = load(pipe)
     lorakern.accelerate(unet)

@@ -11,7 +11,7 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#include "../check.h"
+#include "../attention_groups.h"
 
 namespace lorakern {
 namespace {
@@ -126,48 +126,20 @@ void with_pairs(int64_t d, const Run& run) {
   run(std::false_type{});
 }
 
-// the groups of a call, contiguous and checked
-struct Given {
-  std::vector<at::Tensor> keys, values, masks;
-
-  Given(const at::Tensor& q, at::TensorList k, at::TensorList v, size_t scales,
-        const c10::List<std::optional<at::Tensor>>& m, int64_t heads) {
-    TORCH_CHECK_VALUE(q.dim() == 3 && heads > 0 && q.size(2) % heads == 0,
-                      "q: want shape [B, Q, heads * d], got ", q.sizes(), " for ", heads, " heads");
-    TORCH_CHECK_VALUE(!k.empty() && v.size() == k.size() && scales + 1 == k.size() &&
-                          m.size() == scales,
-                      "want as many values as keys and one scale and mask less, got ", k.size(),
-                      " keys, ", v.size(), " values, ", scales, " scales, ", m.size(), " masks");
-    check_contiguous(q, "q");
-    for (size_t j = 0; j < k.size(); ++j) {
-      check_shape(k[j], "key", {q.size(0), k[j].size(1), q.size(2)});
-      check_shape(v[j], "value", k[j].sizes());
-      check_like(k[j], "key", q);
-      check_like(v[j], "value", q);
-      keys.push_back(k[j].contiguous());
-      values.push_back(v[j].contiguous());
-      const auto mask = j == 0 ? std::nullopt : m.get(j - 1);
-      masks.push_back(mask ? mask->contiguous() : at::Tensor());
-      if (!mask) continue;
-      check_shape(*mask, "mask", {mask->size(0) == 1 ? 1 : q.size(0), q.size(1)});
-      check_like(*mask, "mask", q);
-    }
+template <typename scalar_t>
+Attention<scalar_t> attention(const GivenGroups& given, const at::Tensor& q,
+                              at::ArrayRef<double> scales, int64_t heads,
+                              const c10::List<bool>* needs) {
+  Attention<scalar_t> p(q.size(0), q.size(1), heads, q.size(2), q.const_data_ptr<scalar_t>());
+  for (size_t j = 0; j < given.keys.size(); ++j) {
+    const at::Tensor& mask = given.masks[j];
+    p.add({given.keys[j].const_data_ptr<scalar_t>(), given.values[j].const_data_ptr<scalar_t>(),
+           mask.defined() ? mask.const_data_ptr<scalar_t>() : nullptr,
+           mask.defined() && mask.size(0) > 1 ? q.size(1) : 0, given.keys[j].size(1),
+           j == 0 ? 1.0 : scales[j - 1], needs && needs->get(j + 1)});
   }
-
-  template <typename scalar_t>
-  Attention<scalar_t> attention(const at::Tensor& q, at::ArrayRef<double> scales, int64_t heads,
-                                const c10::List<bool>* needs) const {
-    Attention<scalar_t> p(q.size(0), q.size(1), heads, q.size(2), q.const_data_ptr<scalar_t>());
-    for (size_t j = 0; j < keys.size(); ++j) {
-      const at::Tensor& mask = masks[j];
-      p.add({keys[j].const_data_ptr<scalar_t>(), values[j].const_data_ptr<scalar_t>(),
-             mask.defined() ? mask.const_data_ptr<scalar_t>() : nullptr,
-             mask.defined() && mask.size(0) > 1 ? q.size(1) : 0, keys[j].size(1),
-             j == 0 ? 1.0 : scales[j - 1], needs && needs->get(j + 1)});
-    }
-    return p;
-  }
-};
+  return p;
+}
 
 }  // namespace
 
@@ -175,12 +147,12 @@ at::Tensor decoupled_attention_fwd_cpu(const at::Tensor& q, at::TensorList keys,
                                        at::TensorList values, at::ArrayRef<double> scales,
                                        const c10::List<std::optional<at::Tensor>>& masks,
                                        int64_t heads) {
-  const Given given(q, keys, values, scales.size(), masks, heads);
+  const GivenGroups given(q, keys, values, scales.size(), masks, heads);
   at::Tensor out = at::empty(q.sizes(), q.options());
   if (out.numel() == 0) return out;
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, q.scalar_type(), "decoupled_attention", [&] {
-        const auto p = given.attention<scalar_t>(q, scales, heads, nullptr);
+        const auto p = attention<scalar_t>(given, q, scales, heads, nullptr);
         with_pairs<scalar_t>(p.d, [&](auto pairs) {
           forward<scalar_t, pairs.value>(p, out.mutable_data_ptr<scalar_t>());
         });
@@ -192,14 +164,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> decoupled_attention_bwd_cpu(
     const at::Tensor& dout, const at::Tensor& q, at::TensorList keys, at::TensorList values,
     at::ArrayRef<double> scales, const c10::List<std::optional<at::Tensor>>& masks, int64_t heads,
     const c10::List<bool>& needs) {
-  const Given given(q, keys, values, scales.size(), masks, heads);
+  const GivenGroups given(q, keys, values, scales.size(), masks, heads);
   check_shape(dout, "dout", q.sizes());
   check_contiguous(dout, "dout");
   check_like(dout, "dout", q);
-  TORCH_CHECK_VALUE(needs.size() == keys.size() + 1, "needs: want ", keys.size() + 1, ", got ",
-                    needs.size());
   int64_t rows = 0;
-  for (size_t j = 0; j < keys.size(); ++j) rows += needs[j + 1] ? q.size(0) * keys[j].size(1) : 0;
+  for (const int64_t n : given.rows(needs)) rows += n;
   const bool need_dq = needs[0];
   at::Tensor dq = need_dq ? at::empty(q.sizes(), q.options()) : at::empty({0}, q.options());
   at::Tensor dk = at::zeros({rows, q.size(2)}, q.options());
@@ -207,7 +177,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> decoupled_attention_bwd_cpu(
   if (q.numel() == 0) return {dq, dk, dv};
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, q.scalar_type(), "decoupled_attention", [&] {
-        const auto p = given.attention<scalar_t>(q, scales, heads, &needs);
+        const auto p = attention<scalar_t>(given, q, scales, heads, &needs);
         with_pairs<scalar_t>(p.d, [&](auto pairs) {
           backward<scalar_t, pairs.value>(p, dout.const_data_ptr<scalar_t>(),
                                           need_dq ? dq.mutable_data_ptr<scalar_t>() : nullptr,

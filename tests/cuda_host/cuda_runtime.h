@@ -22,6 +22,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <exception>
 #include <functional>
 #include <memory>
 #include <stdexcept>
@@ -35,6 +36,7 @@
 #define __shared__ thread_local
 #define __align__(n) __attribute__((aligned(n)))
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 struct dim3 {
   unsigned x, y, z;
@@ -89,6 +91,8 @@ struct Block {
   int current = 0;
   // did any thread pass a barrier, or end, in this round
   bool moved = false;
+  // what a thread threw
+  std::exception_ptr thrown;
   std::function<void()> body;
 };
 
@@ -112,7 +116,11 @@ inline void wait(Barrier& barrier) {
 
 inline void run_thread() {
   for (;;) {
-    block.body();
+    try {
+      block.body();
+    } catch (const std::logic_error&) {
+      block.thrown = std::current_exception();
+    }
     block.threads[block.current].done = true;
     block.moved = true;
     switch_to_scheduler();
@@ -154,9 +162,10 @@ inline void run_block(int count) {
       resume();
       left += !block.threads[block.current].done;
     }
-    if (left > 0 && !block.moved) {
+    if (block.thrown || (left > 0 && !block.moved)) {
       // they stay where they are: the next block gets new fibers
       block.threads.clear();
+      if (block.thrown) std::rethrow_exception(std::exchange(block.thrown, nullptr));
       throw std::logic_error("a barrier that not all threads reach");
     }
   }
@@ -184,17 +193,26 @@ inline void run_grid(dim3 grid, dim3 threads, size_t shared, std::function<void(
       }
 }
 
-// What lane `from` gives in this exchange of the warp; every lane takes part
+// What every lane gives in this exchange of the warp, by lane; read before the next exchange. Every
+// lane takes part
 template <typename T>
-T exchange(T value, int from) {
+auto publish(T value) {
   static_assert(sizeof(T) <= 16);
   Thread& thread = block.threads[block.current];
   Warp& warp = block.warps[block.current / 32];
   auto* const values = warp.values[thread.exchanges++ % 2];
   std::memcpy(values[block.current % 32], &value, sizeof(T));
   wait(warp.barrier);
-  std::memcpy(&value, values[from], sizeof(T));
-  return value;
+  return [values](int lane) {
+    T given;
+    std::memcpy(&given, values[lane], sizeof(T));
+    return given;
+  };
+}
+
+template <typename T>
+T exchange(T value, int from) {
+  return publish(value)(from);
 }
 
 inline int lane() { return block.current % 32; }
@@ -250,3 +268,5 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
                       [&] { kernel(args...); });
   return cudaSuccess;
 }
+
+#include "instructions.h"

@@ -1,8 +1,12 @@
-"""What decoupled_attention takes: shapes, dtypes, devices and numbers of groups that fit."""
+"""What decoupled_attention takes, and what of it the CUDA kernel does."""
 
+import torch
 from torch import Tensor
 
-from lorakern.ops.check import alike
+from lorakern.ops.check import alike, only_cuda
+
+# channels of a head that the CUDA kernel is compiled for, and the most groups of a call
+CUDA_CHANNELS, CUDA_GROUPS = (40, 80, 160), 64
 
 
 def check(q, keys, values, scales, masks, heads) -> None:
@@ -38,3 +42,18 @@ def check(q, keys, values, scales, masks, heads) -> None:
     fixed = [*(m for m in masks if m is not None), *(c for c in scales if isinstance(c, Tensor))]
     if any(t.requires_grad for t in fixed):
         raise ValueError("scales and masks are fixed here; call requires_grad_(False) on them")
+
+
+def refuse_cuda(q, keys, values, scales, masks, heads) -> str | None:
+    """Why the CUDA kernel does not run on these arguments; None when it does."""
+    channels = q.shape[-1] // heads
+    if reason := only_cuda(q):
+        return reason
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"{q.dtype}: the kernel multiplies 16-bit matrices"
+    if channels not in CUDA_CHANNELS:
+        return f"{channels} channels a head; the kernel is for 40, 80 and 160"
+    if len(keys) > CUDA_GROUPS:
+        return f"{len(keys)} groups are over {CUDA_GROUPS}"
+    major, minor = torch.cuda.get_device_capability(q.device)
+    return f"sm_{major}{minor}: the kernel needs sm_80" if major < 8 else None

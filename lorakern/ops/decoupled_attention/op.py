@@ -10,7 +10,7 @@ from lorakern.backend import Kernel
 from lorakern.ops.check import live
 from lorakern.ops.decoupled_attention import reference
 from lorakern.ops.decoupled_attention import triton_tables as tables
-from lorakern.ops.decoupled_attention.arguments import check
+from lorakern.ops.decoupled_attention.arguments import check, refuse_cuda
 
 _HERE = "lorakern.ops.decoupled_attention"
 
@@ -26,6 +26,7 @@ _fwd = backend.define(
     reference.decoupled_attention_fwd,
     cpp=Kernel("native:decoupled_attention_fwd_cpu", _refuse_cpp),
     triton=Kernel(f"{_HERE}.triton_kernel:decoupled_attention_fwd", tables.refuse_fwd),
+    cuda=Kernel("native:decoupled_attention_fwd_cuda", refuse_cuda),
 )
 _bwd = backend.define(
     "decoupled_attention_bwd",
@@ -34,6 +35,7 @@ _bwd = backend.define(
     reference.decoupled_attention_bwd,
     cpp=Kernel("native:decoupled_attention_bwd_cpu", lambda dout, q, *_: _refuse_cpp(q)),
     triton=Kernel(f"{_HERE}.triton_bwd:decoupled_attention_bwd", tables.refuse_bwd),
+    cuda=Kernel("native:decoupled_attention_bwd_cuda", lambda dout, *args: refuse_cuda(*args[:-1])),
 )
 
 
