@@ -115,7 +115,7 @@ def sample(words: list[str]) -> int:
     parser.add_argument("--precision", choices=("auto", "float32", "bf16"), default="auto")
     given = parser.parse_args(words)
     from lorakern import models
-    from lorakern.run import bf16, device_of
+    from lorakern.devices import bf16, device_of
 
     device = device_of(given.device)
     base = _with_adapters(given)

@@ -23,6 +23,16 @@ FREE_ON_RESUME = {
     *("steps", "output", "name", "formats", "device", "cache", "resume", "sample", "checkpoint")
 }
 
+# keys and sections that are read with some methods only, and these
+READ_BY = {
+    "adapter": {"adapter"},
+    "formats": {"adapter"},
+    "caption_dropout": {"adapter"},
+    "optimizer.text_encoder_lr": {"adapter"},
+    "optimizer.loraplus_ratio": {"adapter"},
+    "optimizer.max_norm": {"adapter"},
+}
+
 Names = Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]
 
 
@@ -31,7 +41,7 @@ class Section(BaseModel):
 
 
 class AdapterConfig(Section):
-    """[adapter]: what is trained."""
+    """[adapter]: what is trained by method = "adapter"."""
 
     algo: str = Field("lora", description="which adapter")
     rank: int = Field(16, ge=1, description="inner dimension")
@@ -91,6 +101,7 @@ class CheckpointConfig(Section):
 class Config(Section):
     """A training run."""
 
+    method: Literal["adapter"] = Field("adapter", description="what trains: adapter (of weights)")
     model: str = Field(description="a diffusers folder, or a name on the Hugging Face hub")
     data: Path = Field(description="folder of images with same-stem .txt, or with metadata.jsonl")
     output: Path = Field(description="folder for adapter, checkpoints, log and samples")
@@ -125,10 +136,25 @@ class Config(Section):
             raise ValueError(f"sample.every is {self.sample.every}, but sample.prompts is empty")
         return self
 
+    @model_validator(mode="after")
+    def _nothing_in_vain(self) -> "Config":
+        whole, known = dict(_flat(self.model_dump())), fields()
+        for key, value in whole.items():
+            if not self._reads(key) and value != known[key].default:
+                raise ValueError(
+                    f'{key} is {value!r}, which method = "{self.method}" does not read'
+                )
+        return self
+
+    def _reads(self, key: str) -> bool:
+        section = key.partition(".")[0]
+        return self.method in READ_BY.get(key, READ_BY.get(section, {self.method}))
+
     def fixed(self) -> dict[str, Any]:
         """The part that decides what a step computes, as JSON types, by dotted key."""
-        whole = self.model_dump(mode="json")
-        return {k: v for k, v in _flat(whole) if k.split(".")[0] not in FREE_ON_RESUME}
+        whole = _flat(self.model_dump(mode="json"))
+        free = FREE_ON_RESUME
+        return {k: v for k, v in whole if self._reads(k) and k.split(".")[0] not in free}
 
 
 def fields(section: type[Section] = Config, prefix: str = "") -> dict[str, Any]:

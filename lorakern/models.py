@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -124,12 +124,13 @@ class Base:
             torch.cuda.empty_cache()
 
 
-def load(model: str, *, complete: bool = False) -> Base:
+def load(model: str, *, complete: bool = False, keep: Collection[str] = ()) -> Base:
     """A pipeline in float32 on the CPU, frozen, from a folder or by its name on the hub.
 
     Args:
         model: a diffusers folder (with model_index.json), or "owner/name".
         complete: load also what training has no use for, as the safety checker.
+        keep: of these parts, which to load all the same.
 
     Raises:
         ValueError: no such folder or name, not a diffusers folder, or a pipeline that is none of
@@ -137,6 +138,7 @@ def load(model: str, *, complete: bool = False) -> Base:
     """
     index = read_index(model)
     skipped = {} if complete else {n: None for n in _LEFT_OUT if index.get(n, [None])[0]}
+    skipped = {name: None for name in skipped if name not in keep}
     if "safety_checker" in skipped:
         skipped["requires_safety_checker"] = False
     try:
