@@ -26,6 +26,8 @@ FREE_ON_RESUME = {
 # keys and sections that are read with some methods only, and these
 READ_BY = {
     "adapter": {"adapter"},
+    "ip_adapter": {"ip_adapter"},
+    "sample.images": {"ip_adapter"},
     "formats": {"adapter"},
     "caption_dropout": {"adapter"},
     "optimizer.text_encoder_lr": {"adapter"},
@@ -49,6 +51,39 @@ class AdapterConfig(Section):
     targets: str | list[str] = Field("attn", description="attn, attn-mlp, full, a regex or a list")
     text_encoder: bool = Field(False, description="adapt and train the text encoder too")
     options: dict[str, Any] = Field({}, description="further options of the adapter")
+
+
+class IPAdapterConfig(Section):
+    """[ip_adapter]: what is trained by method = "ip_adapter"."""
+
+    variant: Literal["base", "plus"] = Field(
+        "base", description="base sees an image embedding, plus an encoder's tokens"
+    )
+    tokens: int | None = Field(None, ge=1, description="made of an image; default: 4, plus 16")
+    image_encoder: Path | None = Field(
+        None, description="folder of a CLIPVisionModelWithProjection; default: the model's own"
+    )
+    embeddings: Path | None = Field(
+        None, description="safetensors of an embedding an image, in place of an encoder"
+    )
+    image_dropout: float = Field(0.05, ge=0, le=1, description="chance of no image, text stays")
+    text_dropout: float = Field(0.05, ge=0, le=1, description="chance of no text, image stays")
+    both_dropout: float = Field(0.05, ge=0, le=1, description="chance of neither")
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> "IPAdapterConfig":
+        if self.embeddings is not None and self.image_encoder is not None:
+            raise ValueError(
+                f"image_encoder is {self.image_encoder} and embeddings is {self.embeddings}; want"
+                " one of them"
+            )
+        chances = self.image_dropout, self.text_dropout, self.both_dropout
+        if sum(chances) > 1:
+            raise ValueError(
+                "image_dropout, text_dropout and both_dropout are chances that exclude each other;"
+                f" they add up to {sum(chances):g}, over 1"
+            )
+        return self
 
 
 class OptimizerConfig(Section):
@@ -85,6 +120,9 @@ class SampleConfig(Section):
 
     every: int = Field(0, ge=0, description="steps between grids; 0 draws none")
     prompts: Names = Field([], description="one column each")
+    images: Names = Field(
+        [], description="image prompts, one for all or one a prompt: files, or names in embeddings"
+    )
     rows: int = Field(1, ge=1, description="seeds per prompt")
     steps: int = Field(20, ge=1, description="denoising steps")
     guidance: float = Field(5.0, ge=0, description="classifier-free guidance")
@@ -101,7 +139,9 @@ class CheckpointConfig(Section):
 class Config(Section):
     """A training run."""
 
-    method: Literal["adapter"] = Field("adapter", description="what trains: adapter (of weights)")
+    method: Literal["adapter", "ip_adapter"] = Field(
+        "adapter", description="what trains: adapter (of weights), ip_adapter (image prompts)"
+    )
     model: str = Field(description="a diffusers folder, or a name on the Hugging Face hub")
     data: Path = Field(description="folder of images with same-stem .txt, or with metadata.jsonl")
     output: Path = Field(description="folder for adapter, checkpoints, log and samples")
@@ -125,6 +165,7 @@ class Config(Section):
     cache: Path | None = Field(None, description="of latents and texts; default: output/cache")
     resume: bool = Field(False, description="go on from the newest checkpoint in output")
     adapter: AdapterConfig = AdapterConfig()
+    ip_adapter: IPAdapterConfig = IPAdapterConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     loss: LossConfig = LossConfig()
     sample: SampleConfig = SampleConfig()
@@ -134,6 +175,11 @@ class Config(Section):
     def _prompts_for_samples(self) -> "Config":
         if self.sample.every and not self.sample.prompts:
             raise ValueError(f"sample.every is {self.sample.every}, but sample.prompts is empty")
+        images, prompts = len(self.sample.images), len(self.sample.prompts)
+        if self.method == "ip_adapter" and self.sample.every and images not in (1, prompts):
+            raise ValueError(
+                f"sample.images has {images} image prompts for {prompts} prompts; want 1 or as many"
+            )
         return self
 
     @model_validator(mode="after")

@@ -201,11 +201,12 @@ def projection(found: Checkpoint, device: torch.device, dtype: torch.dtype) -> n
     return module.requires_grad_(False).eval()
 
 
-def write(found: Checkpoint, path: str | Path) -> Path:
+def write(found: Checkpoint, path: str | Path, metadata: Mapping[str, str] | None = None) -> Path:
     """Write an IP-Adapter in its authors' layout, whole or not at all.
 
     Args:
         path: .safetensors, with flat keys; .bin, as torch.save writes the two sections.
+        metadata: of a .safetensors, beside "variant".
 
     Raises:
         ValueError: another suffix.
@@ -222,7 +223,7 @@ def write(found: Checkpoint, path: str | Path) -> Path:
     sections = dict(zip(_SECTIONS, (found.projection, attention), strict=True))
     if path.suffix == ".safetensors":
         flat = {f"{s}.{k}": t for s, tensors in sections.items() for k, t in tensors.items()}
-        data = storage.to_bytes(flat, {"variant": found.variant})
+        data = storage.to_bytes(flat, {**(metadata or {}), "variant": found.variant})
     elif path.suffix == ".bin":
         buffer = io.BytesIO()
         torch.save({s: {k: t.detach().cpu().clone() for k, t in tensors.items()}

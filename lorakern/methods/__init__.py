@@ -3,9 +3,11 @@
 from lorakern.config import Config
 from lorakern.methods.adapter import WeightAdapter
 from lorakern.methods.base import Method
+from lorakern.methods.ip_adapter import ImagePrompt
 
 METHODS: dict[str, type[Method]] = {
     "adapter": WeightAdapter,
+    "ip_adapter": ImagePrompt,
 }
 
 
