@@ -59,7 +59,7 @@ class IPAdapterConfig(Section):
     variant: Literal["base", "plus"] = Field(
         "base", description="base sees an image embedding, plus an encoder's tokens"
     )
-    tokens: int | None = Field(None, ge=1, description="made of an image; default: 4, plus 16")
+    tokens: int | None = Field(None, ge=1, description="made of an image by plus; default: 16")
     image_encoder: Path | None = Field(
         None, description="folder of a CLIPVisionModelWithProjection; default: the model's own"
     )
@@ -76,6 +76,10 @@ class IPAdapterConfig(Section):
             raise ValueError(
                 f"image_encoder is {self.image_encoder} and embeddings is {self.embeddings}; want"
                 " one of them"
+            )
+        if self.variant == "base" and self.tokens not in (None, 4):
+            raise ValueError(
+                f"tokens is {self.tokens}; a base has 4, for diffusers reads a file of it so"
             )
         chances = self.image_dropout, self.text_dropout, self.both_dropout
         if sum(chances) > 1:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lorakern.conditioning import ip_layouts
@@ -93,6 +94,18 @@ def read(source: str | Path | Mapping, shortcut: bool | None = None) -> Checkpoi
     )  # fmt: skip
     _check(found)
     return found
+
+
+def is_ip_adapter(path: str | Path) -> bool:
+    """Whether a file looks like an IP-Adapter; what is broken or no file does not."""
+    path = Path(path)
+    if path.suffix != ".safetensors" or not path.is_file():
+        return path.suffix == ".bin" and path.is_file()
+    try:
+        with safe_open(path, "pt") as file:
+            return any(key.startswith("image_proj.") for key in file.keys())  # noqa: SIM118
+    except (SafetensorError, OSError):
+        return False
 
 
 def _sections(what: str, source) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
