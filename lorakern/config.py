@@ -191,9 +191,8 @@ class Config(Section):
         whole, known = dict(_flat(self.model_dump())), fields()
         for key, value in whole.items():
             if not self._reads(key) and value != known[key].default:
-                raise ValueError(
-                    f'{key} is {value!r}, which method = "{self.method}" does not read'
-                )
+                said = value if isinstance(value, (Path, str)) else repr(value)
+                raise ValueError(f'{key} is {said}, which method = "{self.method}" does not read')
         return self
 
     def _reads(self, key: str) -> bool:

@@ -164,7 +164,10 @@ class ImagePrompt(Method):
         return self.chosen.image_dropout, self.chosen.text_dropout, self.chosen.both_dropout
 
     def _name(self, path: Path) -> str:
-        return path.relative_to(self.config.data).with_suffix("").as_posix()
+        # metadata.jsonl may name images elsewhere
+        inside = path.is_relative_to(self.config.data)
+        path = path.relative_to(self.config.data) if inside else path
+        return path.with_suffix("").as_posix()
 
 
 def prompt_arguments(shown: Tensor, negative: Tensor, guidance: float) -> dict[str, Any]:

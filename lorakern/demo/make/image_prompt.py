@@ -75,16 +75,15 @@ class Eyes:
 
     @classmethod
     def of(cls, images: np.ndarray, file: Path) -> "Eyes":
-        """From the training pictures; kept in a file, since they are many."""
-        if not file.exists():
-            seen = NetSpace()(images)
-            _, spread, axes = torch.linalg.svd(seen - seen.mean(0), full_matrices=False)
-            matrix = axes[:WIDTH].mT / spread[:WIDTH].sqrt()
-            made = (seen - seen.mean(0)) @ matrix
-            file.parent.mkdir(parents=True, exist_ok=True)
-            kept = {"mean": seen.mean(0), "matrix": matrix / made.square().mean().sqrt()}
-            save_file({k: v.contiguous() for k, v in kept.items()}, file)
-        return cls(**load_file(file))
+        """From the training pictures; written to a file."""
+        seen = NetSpace()(images)
+        mean = seen.mean(0)
+        _, spread, axes = torch.linalg.svd(seen - mean, full_matrices=False)
+        matrix = axes[:WIDTH].mT / spread[:WIDTH].sqrt()
+        matrix /= ((seen - mean) @ matrix).square().mean().sqrt()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"mean": mean, "matrix": matrix.contiguous()}, file)
+        return cls(mean, matrix)
 
     def __call__(self, images: np.ndarray) -> Tensor:
         return (self.net(images) - self.mean) @ self.matrix
@@ -108,7 +107,8 @@ def choose(work: Path) -> tuple[np.ndarray, list[Row]]:
         ]
         for colour in [None, *rng.sample(colours, min(2, len(colours)))]:
             painted = recolour(picture, peak, colour) if colour else picture
-            ground = rng.choice([g for g in grounds if g != colour and stands_out(painted, g)])
+            fit = [g for g in grounds if g != colour and stands_out(painted, g)]
+            ground = None if colour and rng.random() < 0.5 else rng.choice(fit)
             images.append(on_ground(painted, ground))
             rows.append(Row(name, style, colour, ground))
     return np.stack(images), rows
@@ -252,7 +252,7 @@ def sheet(prompts: list[tuple[str, np.ndarray]], columns: dict[str, np.ndarray])
 
 
 def judge(work: Path, out: Path, file: Path, eyes: Eyes) -> dict:
-    """The scores; writes the contact sheet."""
+    """The scores, among all concepts and among the prompts shown; writes the contact sheet."""
     references, prompts = references_of(work), prompts_of(work)
     spaces = {"EffNet": eyes.net, "pixels": PixelSpace()}
     base = models.load(str(BASE))
@@ -263,13 +263,16 @@ def judge(work: Path, out: Path, file: Path, eyes: Eyes) -> dict:
     for kind, chosen in prompts.items():
         names, pictures = zip(*chosen, strict=True)
         seen, few = eyes(np.stack(pictures)), slice(0, 12, 2)
+        among = {name: picture[None] for name, picture in chosen}
         result[kind] = {"n": len(names)}
         result[kind]["the prompts themselves"] = score(
             spaces, np.stack(pictures), names, references
         )
         for label, (with_image, scale) in SETTINGS.items():
             made = draw(base, TEXTS[0], seen * with_image, scale, 1000)
-            result[kind][label] = score(spaces, made, names, references)
+            found = result[kind][label] = score(spaces, made, names, references)
+            found |= {f"{k}, of the {len(names)} prompts": v
+                      for k, v in score(spaces, made, names, among).items()}  # fmt: skip
             if with_image:
                 columns.setdefault(f"{label}\n{TEXTS[0]}", []).append(made[few])
         for scale in (0.0, 0.5, 1.0):
@@ -285,22 +288,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="of artwork.py")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=1100)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--score", action="store_true", help="score an adapter that is there")
     options = parser.parse_args()
     out = options.out
-    images, rows = choose(options.work)
-    eyes = Eyes.of(images, out / "eyes.safetensors")
+    if not (out / "emb.safetensors").exists():
+        images, rows = choose(options.work)
+        write_data(out, images, rows, Eyes.of(images, out / "eyes.safetensors"))
+    eyes = Eyes(**load_file(out / "eyes.safetensors"))
     file, log = out / "run" / "image-prompt.safetensors", out / "training.json"
     if not options.score:
-        write_data(out, images, rows, eyes)
         config = config_of(out, options.steps, options.batch, options.lr)
         start, clock = time.process_time(), time.perf_counter()
         result = train(config)
         about = {
-            "images": len(rows),
+            "images": len(list((out / "data").glob("*.png"))),
             "steps": result.step,
             "batch": options.batch,
             "lr": options.lr,
@@ -312,6 +316,8 @@ def main() -> None:
             "loss, last 50 steps": round(float(np.mean(result.losses[-50:])), 4),
             "MiB of the file": round(file.stat().st_size / 2**20, 2),
         }
+        if result.stopped is not None:
+            raise SystemExit(f"stopped at step {result.step}; the same command goes on from there")
         log.write_text(json.dumps(about, indent=1) + "\n")
     result = {
         "lorakern": lorakern.__version__,
