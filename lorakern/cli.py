@@ -188,7 +188,7 @@ def inspect(words: list[str]) -> int:
     if is_ip_adapter(given.file):
         from lorakern.methods import ip_sample
 
-        _tell(ip_sample.summary(given.file))
+        _tell(*ip_sample.summary(given.file))
         return 0
     found = formats.inspect(given.file)
 
@@ -196,22 +196,20 @@ def inspect(words: list[str]) -> int:
         return ", ".join(f"{value} ({count})" for value, count in values.items()) or "-"
 
     _tell(
-        {
-            "format": found.format or "unknown",
-            "algorithm": found.algo,
-            "layers": counted(found.components),
-            "rank": counted(found.ranks),
-            "alpha": counted(found.alphas),
-            "dtype": counted(found.dtypes),
-            "size": f"{found.size / 2**20:.2f} MiB",
-            **found.metadata,
-        }
+        ("format", found.format or "unknown"),
+        ("algorithm", found.algo),
+        ("layers", counted(found.components)),
+        ("rank", counted(found.ranks)),
+        ("alpha", counted(found.alphas)),
+        ("dtype", counted(found.dtypes)),
+        ("size", f"{found.size / 2**20:.2f} MiB"),
+        *found.metadata.items(),
     )
     return 0
 
 
-def _tell(about: dict[str, str]) -> None:
-    for name, text in about.items():
+def _tell(*about: tuple[str, str]) -> None:
+    for name, text in about:
         text = " ".join(str(text).split())
         print(f"{name:>12}  {text[:200]}{' ...' if len(text) > 200 else ''}")
 

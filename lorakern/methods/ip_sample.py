@@ -89,8 +89,8 @@ def load(
     return [source(picture(path)) for path in images], source.negative
 
 
-def summary(file: Path) -> dict[str, str]:
-    """What an IP-Adapter's file holds, by name.
+def summary(file: Path) -> list[tuple[str, str]]:
+    """What an IP-Adapter's file holds: names and texts, its metadata the last.
 
     Raises:
         ValueError: as load_ip_adapter.
@@ -102,16 +102,17 @@ def summary(file: Path) -> dict[str, str]:
     pairs = [t for pair in found.layers.values() for t in pair]
     tensors = [*found.projection.values(), *pairs]
     metadata = storage.read_tensors(file)[1] if file.suffix == ".safetensors" else {}
-    return {
-        "format": "ip_adapter",
-        "variant": found.variant,
-        "layers": f"{len(found.layers)} cross-attentions of {found.width} channels"
-        + (f", a LoRA on {len(found.loras)}" if found.loras else ""),
-        "takes": f"an image encoder's tokens of {width}" if tokens else f"embeddings of {width}",
-        "dtype": ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in tensors})),
-        "size": f"{sum(t.numel() * t.element_size() for t in tensors) / 2**20:.2f} MiB",
-        **{k: v for k, v in metadata.items() if k != "variant"},
-    }
+    lora = f", a LoRA on {len(found.loras)}" if found.loras else ""
+    dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in tensors})
+    return [
+        ("format", "ip_adapter"),
+        ("variant", found.variant),
+        ("layers", f"{len(found.layers)} cross-attentions of {found.width} channels{lora}"),
+        ("takes", f"an image encoder's tokens of {width}" if tokens else f"embeddings of {width}"),
+        ("dtype", ", ".join(dtypes)),
+        ("size", f"{sum(t.numel() * t.element_size() for t in tensors) / 2**20:.2f} MiB"),
+        *((k, v) for k, v in metadata.items() if k != "variant"),
+    ]
 
 
 def _check_width(base: models.Base, file: Path, source) -> None:
