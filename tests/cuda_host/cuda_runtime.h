@@ -2,7 +2,8 @@
 // g++ compile a .cuh, and its .cu launcher, as plain C++.
 //
 // A block's threads are fibers, and blocks run one after the other. A fiber runs until it meets a
-// barrier, so a run is deterministic, and what a kernel leaves out shows:
+// barrier, and a warp as far as it comes without the others, so a run is deterministic, and what a
+// kernel leaves out shows:
 // - a missing barrier: threads run first to last, or last to first (cuda_host_order), and a kernel
 //   that reads what no barrier has ordered gives other results in one of the two;
 // - a barrier that not all threads reach: std::logic_error;
@@ -153,16 +154,24 @@ inline void run_block(int count) {
     thread.exchanges = 0;
     thread.done = false;
   }
+  const int warps = static_cast<int>(block.warps.size());
   for (int left = count; left > 0;) {
-    block.moved = false;
-    left = 0;
-    for (int t = 0; t < count; ++t) {
-      block.current = reversed ? count - 1 - t : t;
-      if (block.threads[block.current].done) continue;
-      resume();
-      left += !block.threads[block.current].done;
+    bool moved = false;
+    for (int w = 0; w < warps; ++w) {
+      const int first = (reversed ? warps - 1 - w : w) * 32, size = min(32, count - first);
+      // as far as this warp comes without the others
+      do {
+        block.moved = false;
+        for (int t = 0; t < size; ++t) {
+          block.current = first + (reversed ? size - 1 - t : t);
+          if (!block.threads[block.current].done) resume();
+        }
+        moved |= block.moved;
+      } while (block.moved);
     }
-    if (block.thrown || (left > 0 && !block.moved)) {
+    left = 0;
+    for (int t = 0; t < count; ++t) left += !block.threads[t].done;
+    if (block.thrown || (left > 0 && !moved)) {
       // they stay where they are: the next block gets new fibers
       block.threads.clear();
       if (block.thrown) std::rethrow_exception(std::exchange(block.thrown, nullptr));
