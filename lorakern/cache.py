@@ -25,13 +25,15 @@ from lorakern.formats import storage
 class Latent:
     """One encoded image.
 
-    path: of the image; entry: of its cache file with "mean" and "std" [C, H, W] float32.
+    path, content: of the image, and the SHA-256 of its file.
+    entry: its cache file with "mean" and "std" [C, H, W] float32.
     bucket: (width, height) in pixels.
     time_ids: original height and width, crop top and left, bucket height and width; pixels.
     tokens: [encoders, T] int64, of its caption.
     """
 
     path: Path
+    content: str
     entry: Path
     bucket: tuple[int, int]
     time_ids: tuple[int, ...]
@@ -141,7 +143,8 @@ def _encode_image(base, example: Example, sizes, folder: Path, encoder: str) -> 
         storage.write({index: storage.to_bytes(found, {})})
     time_ids = tuple(found["time_ids"].tolist())
     bucket = (time_ids[5], time_ids[4])
-    return Latent(example.path, index, bucket, time_ids, base.tokens(example.caption))
+    tokens = base.tokens(example.caption)
+    return Latent(example.path, content, index, bucket, time_ids, tokens)
 
 
 def _key(*parts) -> str:

@@ -113,18 +113,25 @@ def sample(words: list[str]) -> int:
     parser.add_argument("--size", type=_size, help="512 or WIDTHxHEIGHT; default: the model's own")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--precision", choices=("auto", "float32", "bf16"), default="auto")
+    parser.add_argument(
+        "--image", action="append", default=[], metavar="FILE",
+        help="image prompt of an IP-Adapter, one for all prompts or one each; repeatable",
+    )  # fmt: skip
+    parser.add_argument("--image-encoder", type=Path, help="folder; default: the model's own")
+    parser.add_argument("--embeddings", type=Path, help="of images, which --image then names")
     given = parser.parse_args(words)
     from lorakern import models
-    from lorakern.run import bf16, device_of
+    from lorakern.devices import bf16, device_of
 
     device = device_of(given.device)
-    base = _with_adapters(given)
+    base, more = _with_image_prompts(given)
     with models.quiet_libraries():
         base.pipe.to(device)
     rows = [
         models.draw(
             base, given.prompt, seed=given.seed + row, steps=given.steps,
             guidance=given.guidance, size=given.size, bf16=bf16(given.precision, device),
+            more=more,
         )
         for row in range(given.rows)
     ]  # fmt: skip
@@ -176,25 +183,37 @@ def inspect(words: list[str]) -> int:
     parser.add_argument("file", type=Path, help="adapter file or PEFT folder")
     given = parser.parse_args(words)
     from lorakern import formats
+    from lorakern.conditioning.ip_files import is_ip_adapter
 
+    if is_ip_adapter(given.file):
+        from lorakern.methods import ip_sample
+
+        _tell(ip_sample.summary(given.file))
+        return 0
     found = formats.inspect(given.file)
 
     def counted(values: dict) -> str:
         return ", ".join(f"{value} ({count})" for value, count in values.items()) or "-"
 
-    for name, text in (
-        ("format", found.format or "unknown"),
-        ("algorithm", found.algo),
-        ("layers", counted(found.components)),
-        ("rank", counted(found.ranks)),
-        ("alpha", counted(found.alphas)),
-        ("dtype", counted(found.dtypes)),
-        ("size", f"{found.size / 2**20:.2f} MiB"),
-        *found.metadata.items(),
-    ):
+    _tell(
+        {
+            "format": found.format or "unknown",
+            "algorithm": found.algo,
+            "layers": counted(found.components),
+            "rank": counted(found.ranks),
+            "alpha": counted(found.alphas),
+            "dtype": counted(found.dtypes),
+            "size": f"{found.size / 2**20:.2f} MiB",
+            **found.metadata,
+        }
+    )
+    return 0
+
+
+def _tell(about: dict[str, str]) -> None:
+    for name, text in about.items():
         text = " ".join(str(text).split())
         print(f"{name:>12}  {text[:200]}{' ...' if len(text) > 200 else ''}")
-    return 0
 
 
 def why(words: list[str]) -> int:
@@ -271,14 +290,43 @@ def _model_arguments(parser: argparse.ArgumentParser, required: bool = False) ->
 
 
 def _with_adapters(given: argparse.Namespace):
+    """The model with its weight adapters; an IP-Adapter among them is an error."""
+    base, prompts = _base(given)
+    if prompts:
+        raise ValueError(f"{prompts[0][0]} is an IP-Adapter, which has no weights to merge")
+    return base
+
+
+def _with_image_prompts(given: argparse.Namespace):
+    """The model with all its adapters, and the further arguments of each prompt."""
+    base, prompts = _base(given)
+    if not prompts and (given.image or given.image_encoder or given.embeddings):
+        raise ValueError("image prompts are for an IP-Adapter, and no --adapter is one")
+    if not prompts:
+        return base, None
+    from lorakern.methods.ip_sample import arguments
+
+    more = arguments(
+        base, prompts, given.image, len(given.prompt), given.guidance, given.image_encoder,
+        given.embeddings,
+    )  # fmt: skip
+    return base, more
+
+
+def _base(given: argparse.Namespace):
+    """The model with its weight adapters, and the IP-Adapters with their strengths."""
     import lorakern
     from lorakern import models
+    from lorakern.conditioning.ip_files import is_ip_adapter
 
     adapters = [_adapter(text) for text in given.adapter]
-    base = models.load(given.model, complete=True)
+    base, prompts = models.load(given.model, complete=True), []
     for i, (path, multiplier) in enumerate(adapters):
-        lorakern.load(base.pipe, path, multiplier, name=f"adapter{i}")
-    return base
+        if is_ip_adapter(path):
+            prompts.append((path, multiplier))
+        else:
+            lorakern.load(base.pipe, path, multiplier, name=f"adapter{i}")
+    return base, prompts
 
 
 def _adapter(text: str) -> tuple[Path, float]:

@@ -23,6 +23,18 @@ FREE_ON_RESUME = {
     *("steps", "output", "name", "formats", "device", "cache", "resume", "sample", "checkpoint")
 }
 
+# keys and sections that are read with some methods only, and these
+READ_BY = {
+    "adapter": {"adapter"},
+    "ip_adapter": {"ip_adapter"},
+    "sample.images": {"ip_adapter"},
+    "formats": {"adapter"},
+    "caption_dropout": {"adapter"},
+    "optimizer.text_encoder_lr": {"adapter"},
+    "optimizer.loraplus_ratio": {"adapter"},
+    "optimizer.max_norm": {"adapter"},
+}
+
 Names = Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]
 
 
@@ -31,7 +43,7 @@ class Section(BaseModel):
 
 
 class AdapterConfig(Section):
-    """[adapter]: what is trained."""
+    """[adapter]: what is trained by method = "adapter"."""
 
     algo: str = Field("lora", description="which adapter")
     rank: int = Field(16, ge=1, description="inner dimension")
@@ -39,6 +51,43 @@ class AdapterConfig(Section):
     targets: str | list[str] = Field("attn", description="attn, attn-mlp, full, a regex or a list")
     text_encoder: bool = Field(False, description="adapt and train the text encoder too")
     options: dict[str, Any] = Field({}, description="further options of the adapter")
+
+
+class IPAdapterConfig(Section):
+    """[ip_adapter]: what is trained by method = "ip_adapter"."""
+
+    variant: Literal["base", "plus"] = Field(
+        "base", description="base sees an image embedding, plus an encoder's tokens"
+    )
+    tokens: int | None = Field(None, ge=1, description="made of an image by plus; default: 16")
+    image_encoder: Path | None = Field(
+        None, description="folder of a CLIPVisionModelWithProjection; default: the model's own"
+    )
+    embeddings: Path | None = Field(
+        None, description="safetensors of an embedding an image, in place of an encoder"
+    )
+    image_dropout: float = Field(0.05, ge=0, le=1, description="chance of no image, text stays")
+    text_dropout: float = Field(0.05, ge=0, le=1, description="chance of no text, image stays")
+    both_dropout: float = Field(0.05, ge=0, le=1, description="chance of neither")
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> "IPAdapterConfig":
+        if self.embeddings is not None and self.image_encoder is not None:
+            raise ValueError(
+                f"image_encoder is {self.image_encoder} and embeddings is {self.embeddings}; want"
+                " one of them"
+            )
+        if self.variant == "base" and self.tokens not in (None, 4):
+            raise ValueError(
+                f"tokens is {self.tokens}; a base has 4, for diffusers reads a file of it so"
+            )
+        chances = self.image_dropout, self.text_dropout, self.both_dropout
+        if sum(chances) > 1:
+            raise ValueError(
+                "image_dropout, text_dropout and both_dropout are chances that exclude each other;"
+                f" they add up to {sum(chances):g}, over 1"
+            )
+        return self
 
 
 class OptimizerConfig(Section):
@@ -75,6 +124,9 @@ class SampleConfig(Section):
 
     every: int = Field(0, ge=0, description="steps between grids; 0 draws none")
     prompts: Names = Field([], description="one column each")
+    images: Names = Field(
+        [], description="image prompts, one for all or one a prompt: files, or names in embeddings"
+    )
     rows: int = Field(1, ge=1, description="seeds per prompt")
     steps: int = Field(20, ge=1, description="denoising steps")
     guidance: float = Field(5.0, ge=0, description="classifier-free guidance")
@@ -91,6 +143,9 @@ class CheckpointConfig(Section):
 class Config(Section):
     """A training run."""
 
+    method: Literal["adapter", "ip_adapter"] = Field(
+        "adapter", description="what trains: adapter (of weights), ip_adapter (image prompts)"
+    )
     model: str = Field(description="a diffusers folder, or a name on the Hugging Face hub")
     data: Path = Field(description="folder of images with same-stem .txt, or with metadata.jsonl")
     output: Path = Field(description="folder for adapter, checkpoints, log and samples")
@@ -114,6 +169,7 @@ class Config(Section):
     cache: Path | None = Field(None, description="of latents and texts; default: output/cache")
     resume: bool = Field(False, description="go on from the newest checkpoint in output")
     adapter: AdapterConfig = AdapterConfig()
+    ip_adapter: IPAdapterConfig = IPAdapterConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     loss: LossConfig = LossConfig()
     sample: SampleConfig = SampleConfig()
@@ -123,12 +179,31 @@ class Config(Section):
     def _prompts_for_samples(self) -> "Config":
         if self.sample.every and not self.sample.prompts:
             raise ValueError(f"sample.every is {self.sample.every}, but sample.prompts is empty")
+        images, prompts = len(self.sample.images), len(self.sample.prompts)
+        if self.method == "ip_adapter" and self.sample.every and images not in (1, prompts):
+            raise ValueError(
+                f"sample.images has {images} image prompts for {prompts} prompts; want 1 or as many"
+            )
         return self
+
+    @model_validator(mode="after")
+    def _nothing_in_vain(self) -> "Config":
+        whole, known = dict(_flat(self.model_dump())), fields()
+        for key, value in whole.items():
+            if not self._reads(key) and value != known[key].default:
+                said = value if isinstance(value, (Path, str)) else repr(value)
+                raise ValueError(f'{key} is {said}, which method = "{self.method}" does not read')
+        return self
+
+    def _reads(self, key: str) -> bool:
+        section = key.partition(".")[0]
+        return self.method in READ_BY.get(key, READ_BY.get(section, {self.method}))
 
     def fixed(self) -> dict[str, Any]:
         """The part that decides what a step computes, as JSON types, by dotted key."""
-        whole = self.model_dump(mode="json")
-        return {k: v for k, v in _flat(whole) if k.split(".")[0] not in FREE_ON_RESUME}
+        whole = _flat(self.model_dump(mode="json"))
+        free = FREE_ON_RESUME
+        return {k: v for k, v in whole if self._reads(k) and k.split(".")[0] not in free}
 
 
 def fields(section: type[Section] = Config, prefix: str = "") -> dict[str, Any]:

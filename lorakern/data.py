@@ -139,6 +139,15 @@ def fit(image: Image.Image, size: tuple[int, int]) -> tuple[Tensor, tuple[int, i
     return torch.from_numpy(cropped.copy()).permute(2, 0, 1).float() / 127.5 - 1, (top, left)
 
 
+def crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The part of an RGB image that `fit` scales to `size` (width, height), at its own scale."""
+    width, height = size
+    scale = min(image.width / width, image.height / height)
+    w, h = min(image.width, round(width * scale)), min(image.height, round(height * scale))
+    left, top = (image.width - w) // 2, (image.height - h) // 2
+    return image.crop((left, top, left + w, top + h))
+
+
 class Order:
     """Which examples are in which batch: a pure function of (seed, batch index).
 

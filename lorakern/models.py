@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -124,12 +124,13 @@ class Base:
             torch.cuda.empty_cache()
 
 
-def load(model: str, *, complete: bool = False) -> Base:
+def load(model: str, *, complete: bool = False, keep: Collection[str] = ()) -> Base:
     """A pipeline in float32 on the CPU, frozen, from a folder or by its name on the hub.
 
     Args:
         model: a diffusers folder (with model_index.json), or "owner/name".
         complete: load also what training has no use for, as the safety checker.
+        keep: of these parts, which to load all the same.
 
     Raises:
         ValueError: no such folder or name, not a diffusers folder, or a pipeline that is none of
@@ -137,6 +138,7 @@ def load(model: str, *, complete: bool = False) -> Base:
     """
     index = read_index(model)
     skipped = {} if complete else {n: None for n in _LEFT_OUT if index.get(n, [None])[0]}
+    skipped = {name: None for name in skipped if name not in keep}
     if "safety_checker" in skipped:
         skipped["requires_safety_checker"] = False
     try:
@@ -211,6 +213,16 @@ def read_index(model: str) -> dict[str, Any]:
     return index
 
 
+def read_part(model: str, part: str) -> Any:
+    """The CLIPVisionConfig of a pipeline's part, without its weights; Raises as `load`."""
+    from transformers import CLIPVisionConfig
+
+    try:
+        return CLIPVisionConfig.from_pretrained(model, subfolder=part)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model {model} cannot be loaded: {part}: {error}") from error
+
+
 def _is_xl(index: dict[str, Any]) -> bool:
     return index["_class_name"] == PIPELINES[1]
 
@@ -239,6 +251,7 @@ def draw(
     guidance: float,
     size: tuple[int, int] | None = None,
     bf16: bool = False,
+    more: Callable[[int], dict[str, Any]] | None = None,
 ) -> list[Image.Image]:
     """One picture a prompt, all from noise of the same seed.
 
@@ -249,17 +262,20 @@ def draw(
         guidance: classifier-free guidance; 1 and below is without.
         size: (width, height) in pixels; None is the model's own.
         bf16: run under bfloat16 autocast.
+        more: gives further arguments of the pipeline for a prompt by its number.
     """
     width, height = size or (None, None)
     device = base.unet.device
     cast = torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
     pictures = []
-    for first in range(0, len(prompts), AT_ONCE):
-        chunk = prompts[first : first + AT_ONCE]
+    at_once = AT_ONCE if more is None else 1
+    for first in range(0, len(prompts), at_once):
+        chunk = prompts[first : first + at_once]
         with cast:
             pictures += base.pipe(
                 chunk, num_inference_steps=steps, guidance_scale=guidance, width=width,
                 height=height, generator=[torch.Generator().manual_seed(seed) for _ in chunk],
+                **({} if more is None else more(first)),
             ).images  # fmt: skip
     return pictures
 

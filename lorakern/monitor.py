@@ -5,11 +5,13 @@ import resource
 import signal
 import sys
 import threading
+from collections.abc import Collection
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from tqdm import tqdm
 
 from lorakern.data import Bad
 from lorakern.formats import storage
@@ -124,3 +126,8 @@ def _tensorboard(folder: Path):
     except ImportError:
         return None
     return SummaryWriter(str(folder))
+
+
+def progress(items: Collection, what: str, unit: str, bar: bool) -> tqdm:
+    """The items, with a bar on a terminal while they are gone through, if `bar`."""
+    return tqdm(items, what, unit=unit, disable=None if bar else True, leave=False)

@@ -8,19 +8,21 @@ import math
 import weakref
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from tqdm import tqdm
 
-import lorakern
-from lorakern import backend, checkpoint, data, diffusion, models
+from lorakern import backend, checkpoint, data, diffusion, methods, models
 from lorakern.config import Config
 from lorakern.data import Bad
-from lorakern.run import autocast, bf16, device_of, inject, path_of
+from lorakern.devices import autocast, bf16, device_of
+from lorakern.methods.base import Method
+from lorakern.monitor import progress
 
 MIB = 2**20
 
@@ -32,9 +34,9 @@ class Plan:
     buckets: (width, height) in pixels -> images.
     left_out: images that cannot be read.
     per_epoch: steps that see each image once.
-    layers, trained: adapted layers, and their parameters.
+    about, trained: what trains in words, and its parameters.
     weights: of the parts that stay in memory while training.
-    factors: of the adapters, their gradients not included.
+    factors: of what trains, its gradients not included.
     optimizer: three float32 numbers a parameter, as FlatAdamW has them, and one of an average.
     step: what one step adds at its peak: activations, gradients and temporaries.
     start: the step a resumed run would begin at.
@@ -44,7 +46,8 @@ class Plan:
     buckets: dict[tuple[int, int], int]
     left_out: list[Bad]
     per_epoch: float
-    layers: int
+    about: str
+    writes: list[Path]
     trained: int
     weights: int
     factors: int
@@ -74,8 +77,8 @@ class Plan:
             ),
             (
                 "adapter",
-                f"{config.adapter.algo} of rank {config.adapter.rank} on {self.layers} layers,"
-                f" {self.trained:,} parameters, {self.trained * 4 / MIB:.1f} MiB a file",
+                f"{self.about}, {self.trained:,} parameters,"
+                f" {self.trained * 4 / MIB:.1f} MiB a file",
             ),
             ("device", f"{device_of(config.device)}, {self._precision()}"),
             (
@@ -85,7 +88,7 @@ class Plan:
                 f" {_mib(self.optimizer)}, activations and gradients {_mib(self.step)}",
             ),
             ("", "(counted on shapes; Python, torch and the driver come on top, 0.5 to 1 GiB)"),
-            ("writes", ", ".join(str(path_of(config, form)) for form in config.formats)),
+            ("writes", ", ".join(map(str, self.writes))),
         ]
         return "\n".join(f"{name:>9}  {text}" for name, text in lines)
 
@@ -101,13 +104,13 @@ def plan(config: Config, *, bar: bool = True) -> Plan:
         ValueError: what would end the run at its start; the message names it.
     """
     examples, bad = data.find(config.data, config.caption)
+    method = methods.make(config)
+    method.check(models.read_index(config.model), examples)
     base = models.skeleton(config.model)
     sizes = data.bucket_sizes(config.resolution, base.bucket_step, square=not config.buckets)
-    measured = _measure(config, base, max(sizes, key=math.prod))
+    measured = _measure(method, base, max(sizes, key=math.prod))
     buckets: Counter[tuple[int, int]] = Counter()
-    for example in tqdm(
-        examples, "images", unit="image", disable=None if bar else True, leave=False
-    ):
+    for example in progress(examples, "images", "image", bar):
         try:
             image = data.read_image(example.path.read_bytes())
             buckets[data.nearest_bucket(image.size, sizes)] += 1
@@ -124,35 +127,39 @@ def plan(config: Config, *, bar: bool = True) -> Plan:
     )  # fmt: skip
 
 
-def _measure(config: Config, base: models.Base, size: tuple[int, int]) -> dict[str, int]:
+def _measure(method: Method, base: models.Base, size: tuple[int, int]) -> dict[str, Any]:
     """One batch of pictures of `size`, run on shapes: some fields of Plan."""
-    batch, unet = config.batch_size, base.unet
+    config, unet = method.config, base.unet
+    batch = config.batch_size
     width, height = (side // base.latent_factor for side in size)
     length = base.pipe.text_encoder.config.max_position_embeddings
-    trained = inject(base, config)
+    method.inject(base)
+    trained = method.trained
     with FakeTensorMode(), backend.use("reference"):
-        for module in (unet, *base.text_encoders.values()):
+        for module in {**trained, "unet": unet, **base.text_encoders}.values():
             _without_numbers(module)
         latent = torch.empty(batch, unet.config.in_channels, height, width)
         t = torch.zeros(batch, dtype=torch.long)
         tokens = torch.zeros(batch, len(base.text_encoders), length, dtype=torch.long)
+        inputs = method.blank(batch, size)
         with torch.no_grad():
             text = base.encode_text(tokens)
         with _Peak() as peak:
             with autocast(torch.device("cpu"), bf16(config.precision, device_of(config.device))):
-                context, pooled = base.encode_text(tokens) if config.adapter.text_encoder else text
+                context, pooled = base.encode_text(tokens) if method.trains_text else text
                 condition = base.condition(pooled, torch.zeros(batch, 6))
-                predicted = unet(latent, t, context, **condition).sample
+                predicted = method.predict(latent, t, context, condition, inputs)
             diffusion.loss(
                 predicted, latent, torch.full((batch,), 0.5), predicts="noise", gamma=None
             ).backward()
-    stay = dict(trained)
+    stay = {**trained, "unet": unet}
     if config.sample.every:
         stay |= {"vae": base.vae, **base.text_encoders}
     factors = [p for m in trained.values() for p in m.parameters() if p.requires_grad]
     frozen = [p for m in stay.values() for p in m.parameters() if not p.requires_grad]
     return {
-        "layers": sum(len(lorakern.adapters.find(m)) for m in trained.values()),
+        "about": method.about(),
+        "writes": method.paths(),
         "trained": sum(p.numel() for p in factors),
         "weights": sum(map(_bytes, frozen)),
         "factors": sum(map(_bytes, factors)),

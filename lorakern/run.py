@@ -1,4 +1,4 @@
-"""A run: model, adapters, data and optimizer made from a config, and the state a step changes."""
+"""A run: model, method, data and optimizer made from a config, and the state a step changes."""
 
 import hashlib
 import importlib
@@ -10,15 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import lorakern
-from lorakern import cache, checkpoint, data, diffusion, formats, models
-from lorakern.adapters.groups import limit_norms, parameter_groups, tensors
-from lorakern.adapters.targets import PRESETS
+from lorakern import cache, checkpoint, data, diffusion, methods, models
 from lorakern.arena import Average, FlatAdamW
 from lorakern.config import Config
-from lorakern.monitor import write_bad
+from lorakern.devices import autocast, bf16, device_of
+from lorakern.methods.base import Method
+from lorakern.monitor import progress, write_bad
 
 
 def prepare(config: Config, *, bar: bool) -> "Run":
@@ -31,16 +30,15 @@ def prepare(config: Config, *, bar: bool) -> "Run":
     for name, path in (("output", config.output), ("cache", config.cache or config.output)):
         if path.resolve().is_relative_to(config.data.resolve()):
             raise ValueError(f"{name} {path} lies in the data folder {config.data}; choose another")
-    if unknown := [form for form in config.formats if form not in formats.FORMATS]:
-        there = ", ".join(sorted(formats.FORMATS))
-        raise ValueError(f"no format {unknown[0]!r}; there are {there}")
+    method = methods.make(config)
     device = device_of(config.device)
     examples, bad = data.find(config.data, config.caption)
-    base = models.load(config.model)
+    method.check(models.read_index(config.model), examples)
+    base = models.load(config.model, keep=method.parts)
     sizes = data.bucket_sizes(config.resolution, base.bucket_step, square=not config.buckets)
     folder = config.cache or config.output / "cache"
     base.vae.to(device)
-    shown = tqdm(examples, "latents", unit="image", disable=None if bar else True, leave=False)
+    shown = progress(examples, "latents", "image", bar)
     latents, unusable = cache.encode_images(base, examples, sizes, folder, shown)
     bad += unusable
     write_bad(config.output, bad)
@@ -50,24 +48,27 @@ def prepare(config: Config, *, bar: bool) -> "Run":
     for encoder in base.text_encoders.values():
         encoder.to(device)
     texts = None
-    if not config.adapter.text_encoder:
-        shown = tqdm(latents, "texts", unit="caption", disable=None if bar else True, leave=False)
+    if not method.trains_text:
+        shown = progress(latents, "texts", "caption", bar)
         captions = (latent.tokens for latent in shown)
         texts = cache.encode_texts(base, [base.tokens(""), *captions], folder)
-    return Run(config, base, device, latents, texts, bad)
+    method.encode(base, latents, folder, device, bar=bar)
+    return Run(config, method, base, device, latents, texts, bad)
 
 
 class Run:
-    """A model with its adapters, the data and the optimizer: the state that a step changes.
+    """A model with what trains in it, the data and the optimizer: the state that a step changes.
 
     Attributes:
         step: updates made, skipped ones too.
-        parameters: all factors.
+        trained: component -> module; what trains is in them.
+        parameters: all that train.
         bad: images left out.
     """
 
-    def __init__(self, config: Config, base, device, latents, texts, bad):
-        self.config, self.base, self.device, self.bad = config, base, device, bad
+    def __init__(self, config: Config, method: Method, base, device, latents, texts, bad):
+        self.config, self.method, self.base = config, method, base
+        self.device, self.bad = device, bad
         self.latents, self.step, self.saved = latents, 0, 0
         self.order = data.Order([la.bucket for la in latents], config.batch_size, config.seed)
         self.text = texts or base.encode_text
@@ -79,18 +80,12 @@ class Run:
         if not config.sample.every:
             base.free("vae", *(() if texts is None else base.text_encoders))
         torch.manual_seed(diffusion.seed_of(config.seed, "factors"))
-        self.trained = inject(base, config)
-        for form in config.formats:
-            formats.check(self.trained, path_of(config, form), form)
+        method.inject(base)
+        method.check_export()
+        self.trained = method.trained
         for module in self.trained.values():
             module.to(device)
-        groups = [
-            group
-            for module, lr in zip(self.trained.values(), _rates(config), strict=False)
-            for group in parameter_groups(
-                module, lr, loraplus_ratio=config.optimizer.loraplus_ratio
-            )
-        ]
+        groups = method.groups()
         self.parameters = [p for group in groups for p in group["params"]]
         self.optimizer = _optimizer(config, groups)
         self.schedule = _schedule(config, self.optimizer)
@@ -116,12 +111,13 @@ class Run:
         entries = [cache.entry(latent.entry) for latent in latents]
         mean, std = (torch.stack([e[part] for e in entries]) for part in ("mean", "std"))
         t, noise, chance = diffusion.draw(seed, index, mean.shape, len(self.alpha_bars))
-        keep = chance >= config.caption_dropout
+        keep = self.method.keeps_caption(chance)
         tokens = [la.tokens if k else self.empty for k, la in zip(keep, latents, strict=True)]
         sizes = torch.tensor([latent.time_ids for latent in latents])
+        inputs = self.method.inputs(latents, chance)
 
         x0, noise = (mean + std * noise[0]).to(self.device), noise[1].to(self.device)
-        t = t.to(self.device)
+        t, inputs = t.to(self.device), {k: v.to(self.device) for k, v in inputs.items()}
         alpha_bar = self.alpha_bars[t]
         with autocast(self.device, self.bf16):
             context, pooled = self.text(torch.stack(tokens))
@@ -131,9 +127,8 @@ class Run:
                 keep = keep.to(context)
                 context, pooled = context * keep[:, None, None], pooled * keep[:, None]
             noisy = diffusion.noisy_latent(x0, noise, alpha_bar)
-            predicted = self.base.unet(
-                noisy, t, context, **self.base.condition(pooled, sizes)
-            ).sample
+            condition = self.base.condition(pooled, sizes)
+            predicted = self.method.predict(noisy, t, context, condition, inputs)
         wanted = diffusion.target(x0, noise, alpha_bar, predicts=self.predicts)
         return diffusion.loss(
             predicted, wanted, alpha_bar, predicts=self.predicts, gamma=config.loss.min_snr
@@ -152,9 +147,7 @@ class Run:
         with warnings.catch_warnings():
             if finite:
                 self.optimizer.step()
-                if self.config.optimizer.max_norm is not None:
-                    for module in self.trained.values():
-                        limit_norms(module, self.config.optimizer.max_norm)
+                self.method.after_update()
                 if self.average is not None:
                     self.average.update(self.step + 1)
             else:
@@ -172,24 +165,19 @@ class Run:
         if self.average is not None:
             state["average"] = self.average.values
         checkpoint.save(
-            self.config.output, self.step, self._factors(), state, self._settings(),
+            self.config.output, self.step, self.method.tensors(), state, self._settings(),
             self.config.checkpoint.keep,
         )  # fmt: skip
         self.saved = self.step
 
     def export(self) -> list[Path]:
-        """Write the adapter in the chosen formats; see `path_of`."""
+        """Write what was trained; returns the files or folders."""
         metadata = {"lorakern_config": self.config.model_dump_json(), "steps": str(self.step)}
-        paths = []
-        for form in self.config.formats:
-            path = path_of(self.config, form)
-            with self.averaged():
-                lorakern.save(self.trained, path, form, metadata=metadata)
-            paths.append(path)
-        return paths
+        with self.averaged():
+            return self.method.export(metadata)
 
     def averaged(self) -> AbstractContextManager:
-        """A block in which the factors are what is exported: their moving average when asked."""
+        """A block in which the weights are what is exported: their moving average when asked."""
         return nullcontext() if self.average is None else self.average.shown()
 
     def draw(self) -> None:
@@ -200,9 +188,9 @@ class Run:
             module.eval()
         with self.averaged():
             rows = [
-                models.draw(
-                    self.base, sample.prompts, seed=sample.seed + row, steps=sample.steps,
-                    guidance=sample.guidance, size=(side, side), bf16=self.bf16,
+                self.method.draw(
+                    seed=sample.seed + row, steps=sample.steps, guidance=sample.guidance,
+                    size=(side, side), bf16=self.bf16,
                 )
                 for row in range(sample.rows)
             ]  # fmt: skip
@@ -226,18 +214,12 @@ class Run:
             "config": self.config.model_dump(mode="json"),
         }
 
-    def _factors(self) -> dict[str, Tensor]:
-        return {
-            f"{component}.{name}": tensor
-            for component, module in self.trained.items()
-            for name, tensor in tensors(module).items()
-        }
-
     def _settings(self) -> dict[str, Any]:
         seen = hashlib.sha256()
         for latent in self.latents:
             seen.update(f"{latent.entry.name} {latent.tokens.tolist()}".encode())
-        return {**self.config.fixed(), "data fingerprint": seen.hexdigest()[:16]}
+        own = {"data fingerprint": seen.hexdigest()[:16], **self.method.settings()}
+        return self.config.fixed() | own
 
     def _resume(self) -> None:
         found = checkpoint.newest(self.config.output)
@@ -246,91 +228,13 @@ class Run:
         if changed := checkpoint.differences(found.settings, self._settings()):
             raise ValueError(f"--resume: {found.path} is of another run: {'; '.join(changed)}")
         with torch.no_grad():
-            for name, factor in self._factors().items():
+            for name, factor in self.method.tensors().items():
                 factor.copy_(found.factors[name])
         self.optimizer.load_state_dict(found.state["optimizer"])
         self.schedule.load_state_dict(found.state["schedule"])
         if self.average is not None:
             self.average.load(found.state["average"])
         self.step = self.saved = found.step
-
-
-def inject(base: models.Base, config: Config) -> dict[str, nn.Module]:
-    """Put the adapters in, ready to train; returns the trained modules by component.
-
-    The text encoders take the same target preset as the UNet, "attn" when it is no preset.
-    """
-    chosen = config.adapter
-    trained: dict[str, nn.Module] = {"unet": base.unet}
-    if chosen.text_encoder:
-        trained |= base.text_encoders
-    preset = isinstance(chosen.targets, str) and chosen.targets in PRESETS
-    for component, module in trained.items():
-        if bf16(config.precision, device_of(config.device)):
-            with models.quiet_libraries():
-                module.to(torch.bfloat16)
-        targets = chosen.targets if component == "unet" or preset else "attn"
-        lorakern.inject(
-            module, chosen.algo, rank=chosen.rank, alpha=chosen.alpha, targets=targets,
-            **chosen.options,
-        )  # fmt: skip
-        module.train()
-        if config.gradient_checkpointing:
-            checkpoint_gradients(module)
-    return trained
-
-
-def path_of(config: Config, form: str) -> Path:
-    """output/NAME.safetensors for kohya, else output/NAME-FORMAT, a folder or a file."""
-    if form == "kohya":
-        return config.output / f"{config.name}.safetensors"
-    return config.output / f"{config.name}-{form}"
-
-
-def device_of(name: str) -> torch.device:
-    """The device that "auto" or a name stands for.
-
-    Raises:
-        ValueError: it is not there.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device {name}: {str(error).splitlines()[0]}") from None
-    return device
-
-
-def bf16(precision: str, device: torch.device) -> bool:
-    """Whether the model runs in bfloat16; the factors are float32 in any case."""
-    if precision == "auto":
-        return device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return precision == "bf16"
-
-
-def autocast(device: torch.device, on: bool) -> AbstractContextManager:
-    """bfloat16 autocast, or nothing."""
-    return torch.autocast(device.type, torch.bfloat16) if on else nullcontext()
-
-
-def checkpoint_gradients(module: nn.Module) -> None:
-    """Recompute a diffusers or transformers module's activations; those of transformers must be in
-    training mode."""
-    if hasattr(module, "enable_gradient_checkpointing"):
-        module.enable_gradient_checkpointing()
-    elif hasattr(module, "activation_checkpointing_enable"):
-        # transformers 5
-        module.activation_checkpointing_enable()
-    elif hasattr(module, "gradient_checkpointing_enable"):
-        # 4 is reentrant if not told, and then layers behind a frozen embedding get no gradient
-        module.gradient_checkpointing_enable({"use_reentrant": False})
-
-
-def _rates(config: Config) -> list[float]:
-    text = config.optimizer.text_encoder_lr or config.optimizer.lr
-    return [config.optimizer.lr, text, text]
 
 
 def _optimizer(config: Config, groups: list[dict]) -> torch.optim.Optimizer:

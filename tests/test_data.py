@@ -173,6 +173,17 @@ def test_fit_covers_and_crops_the_middle():
     assert stretched.shape == (3, 16, 16) and (stretched == -1).all()
 
 
+@pytest.mark.parametrize("size", [(16, 16), (32, 16), (16, 24)])
+def test_crop_is_what_fit_scales(size):
+    image = gradient(48, 30)
+    cut = data.crop(image, size)
+    assert abs(cut.width / cut.height - size[0] / size[1]) < 0.05
+    assert cut.width == image.width or cut.height == image.height
+    # the same middle, up to the pixels at the border that a resize looks beyond
+    difference = (data.fit(image, size)[0] - data.fit(cut, size)[0])[:, 2:-2, 2:-2].abs()
+    assert difference.max() < 0.15
+
+
 @settings(max_examples=60)
 @given(
     buckets=st.lists(st.sampled_from([(64, 64), (64, 128), (128, 64)]), min_size=1, max_size=40),

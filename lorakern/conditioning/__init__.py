@@ -63,19 +63,51 @@ def load_ip_adapter(
     return ip_model.load_ip_adapter(model, source, scale=scale, shortcut=shortcut)
 
 
-def save_ip_adapter(model, path: str | Path, index: int = 0) -> Path:
-    """Write an IP-Adapter, lorakern's or diffusers', in its authors' layout and the UNet's dtype.
+def new_ip_adapter(
+    model, features: int, *, variant: str = "base", tokens: int | None = None, scale: float = 1.0
+):
+    """Put a new IP-Adapter into a UNet, to be trained: its parameters alone require a gradient.
+
+    K' and V' begin as copies of K and V, the projection as its authors' do. The UNet's own
+    parameters are frozen; it is called as after `load_ip_adapter`, and `save_ip_adapter` writes it.
+
+    Args:
+        model: as in load_ip_adapter, without quantized weights.
+        features: the width of the image embeddings: [B, images, features] for base, of an image
+            encoder's tokens [B, images, T, features] for plus.
+        variant: "base" (a Linear and a LayerNorm) or "plus" (a Resampler of 4 layers).
+        tokens: that it makes of an image; None is 4 for base and 16 for plus.
+        scale: as in load_ip_adapter; no unit.
+
+    Returns:
+        ip_model.IPAdapter; `ip_train.parameters(model, its index)` are its parameters by name.
+
+    Raises:
+        ValueError: another variant, or a model that has no room for it.
+
+    Source: Ye et al. 2023, arXiv:2308.06721.
+    """
+    from lorakern.conditioning import ip_train
+
+    return ip_train.new_ip_adapter(model, features, variant=variant, tokens=tokens, scale=scale)
+
+
+def save_ip_adapter(
+    model, path: str | Path, index: int = 0, metadata: Mapping[str, str] | None = None
+) -> Path:
+    """Write an IP-Adapter, lorakern's or diffusers', in its authors' layout and its own dtype.
 
     Args:
         path: .safetensors or .bin; what is there is replaced in one step, or stays.
         index: which one.
+        metadata: for a .safetensors' header.
 
     Raises:
         ValueError: no such IP-Adapter, another suffix, or a LoRA of PEFT. Nothing is written then.
     """
     from lorakern.conditioning import ip_model
 
-    return ip_model.save_ip_adapter(model, path, index)
+    return ip_model.save_ip_adapter(model, path, index, metadata)
 
 
 def unload_ip_adapter(model) -> None:

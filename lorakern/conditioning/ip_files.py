@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lorakern.conditioning import ip_layouts
@@ -93,6 +94,18 @@ def read(source: str | Path | Mapping, shortcut: bool | None = None) -> Checkpoi
     )  # fmt: skip
     _check(found)
     return found
+
+
+def is_ip_adapter(path: str | Path) -> bool:
+    """Whether a file looks like an IP-Adapter; what is broken or no file does not."""
+    path = Path(path)
+    if path.suffix != ".safetensors" or not path.is_file():
+        return path.suffix == ".bin" and path.is_file()
+    try:
+        with safe_open(path, "pt") as file:
+            return any(key.startswith("image_proj.") for key in file.keys())  # noqa: SIM118
+    except (SafetensorError, OSError):
+        return False
 
 
 def _sections(what: str, source) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -201,11 +214,12 @@ def projection(found: Checkpoint, device: torch.device, dtype: torch.dtype) -> n
     return module.requires_grad_(False).eval()
 
 
-def write(found: Checkpoint, path: str | Path) -> Path:
+def write(found: Checkpoint, path: str | Path, metadata: Mapping[str, str] | None = None) -> Path:
     """Write an IP-Adapter in its authors' layout, whole or not at all.
 
     Args:
         path: .safetensors, with flat keys; .bin, as torch.save writes the two sections.
+        metadata: of a .safetensors, beside "variant".
 
     Raises:
         ValueError: another suffix.
@@ -222,7 +236,7 @@ def write(found: Checkpoint, path: str | Path) -> Path:
     sections = dict(zip(_SECTIONS, (found.projection, attention), strict=True))
     if path.suffix == ".safetensors":
         flat = {f"{s}.{k}": t for s, tensors in sections.items() for k, t in tensors.items()}
-        data = storage.to_bytes(flat, {"variant": found.variant})
+        data = storage.to_bytes(flat, {**(metadata or {}), "variant": found.variant})
     elif path.suffix == ".bin":
         buffer = io.BytesIO()
         torch.save({s: {k: t.detach().cpu().clone() for k, t in tensors.items()}

@@ -72,29 +72,47 @@ def load_ip_adapter(
     shortcut: bool | None = None,
 ) -> IPAdapter:
     """See lorakern.conditioning.load_ip_adapter."""
-    unet = _unet(model)
+    unet = unet_of(model)
     found = source if isinstance(source, Checkpoint) else ip_files.read(source, shortcut)
-    places = _places(unet)
-    cross = [(k, *place) for k, place in places.items() if not place[0].endswith("attn1")]
+    places, cross = _places(unet), cross_attentions(unet)
     _check_layers(unet, found, cross)
     loras = _targets(unet, found, places)
     projection = ip_files.projection(found, unet.device, unet.dtype)
     _check_encoder(model, found, projection)
-    loaded = unet.encoder_hid_proj if isinstance(unet.encoder_hid_proj, Loaded) else None
-    if any(type(attn.processor) is FusedAttnProcessor2_0 for _, attn in places.values()):
-        raise ValueError("QKV are fused; load IP-Adapters first, or unfuse_qkv_projections()")
-    if loaded:
-        loaded.put_back()
-    if loaded and not all(isinstance(p.processor, IPAdapterProcessor) for _, _, p in cross):
-        raise ValueError("the UNet's IP-Adapters came from another UNet; call unload_ip_adapter")
-    ip_scales.check(scale, [name for _, name, _ in cross])
-    made = [[_linear(tensor, unet) for tensor in found.layers[k]] for k, _, _ in cross]
+    check_room(unet)
+    ip_scales.check(scale, [name for name, _ in cross.values()])
+    made = [tuple(_linear(tensor, unet) for tensor in found.layers[k]) for k in cross]
 
     # what may still fail comes first
     lora, frozen = _attach(unet, loras) if loras else (None, [])
+    loaded = put(unet, projection, made, scale, found.variant, lora)
+    loaded.frozen += frozen
+    _prepare_pictures(model, loaded)
+    return loaded.adapters[-1]
+
+
+def check_room(unet: nn.Module) -> None:
+    """Raises ValueError where no IP-Adapter can be added; puts lost processors back."""
+    if any(type(attn.processor) is FusedAttnProcessor2_0 for _, attn in _places(unet).values()):
+        raise ValueError("QKV are fused; load IP-Adapters first, or unfuse_qkv_projections()")
+    if unet.encoder_hid_proj is not None:
+        unet.encoder_hid_proj.put_back()
+        cross = cross_attentions(unet).values()
+        if not all(isinstance(attn.processor, IPAdapterProcessor) for _, attn in cross):
+            raise ValueError(
+                "the UNet's IP-Adapters came from another UNet; call unload_ip_adapter"
+            )
+
+
+def put(
+    unet: nn.Module, projection: nn.Module, layers: list[tuple[nn.Linear, nn.Linear]],
+    scale: Scale, variant: str, lora: str | None = None,
+) -> Loaded:  # fmt: skip
+    """Add an IP-Adapter, given K' and V' of each cross-attention; nothing is checked."""
+    loaded = unet.encoder_hid_proj
     if loaded is None:
         loaded = Loaded(unet)
-    for (_, path, attn), (k, v) in zip(cross, made, strict=True):
+    for (path, attn), (k, v) in zip(cross_attentions(unet).values(), layers, strict=True):
         if not isinstance(attn.processor, IPAdapterProcessor):
             processor = IPAdapterProcessor(
                 attn.inner_dim, attn.cross_attention_dim, [], [], nn.ModuleList(), nn.ModuleList(),
@@ -105,16 +123,16 @@ def load_ip_adapter(
     loaded.append(projection)
     unet.encoder_hid_proj = loaded
     unet.config.encoder_hid_dim_type = "ip_image_proj"
-    loaded.adapters.append(IPAdapter(len(loaded.adapters), found.variant, lora))
-    loaded.frozen += frozen
+    loaded.adapters.append(IPAdapter(len(loaded.adapters), variant, lora))
     loaded.remember(unet)
-    _prepare_pictures(model, loaded)
-    return loaded.adapters[-1]
+    return loaded
 
 
-def save_ip_adapter(model, path: str | Path, index: int = 0) -> Path:
+def save_ip_adapter(
+    model, path: str | Path, index: int = 0, metadata: Mapping[str, str] | None = None
+) -> Path:
     """See lorakern.conditioning.save_ip_adapter."""
-    unet = _unet(model, loading=False)
+    unet = unet_of(model, loading=False)
     projections = unet.encoder_hid_proj.image_projection_layers
     if not 0 <= index < len(projections):
         raise ValueError(f"no IP-Adapter {index}; {len(projections)} are loaded")
@@ -128,12 +146,12 @@ def save_ip_adapter(model, path: str | Path, index: int = 0) -> Path:
         "the UNet", layout, ip_layouts.to_authors(layout, layer.state_dict()), layers,
         _factors(unet, index), layout == "faceid-plus" and layer.shortcut,
     )  # fmt: skip
-    return ip_files.write(found, path)
+    return ip_files.write(found, path, metadata)
 
 
 def unload_ip_adapter(model) -> None:
     """See lorakern.conditioning.unload_ip_adapter."""
-    unet = _unet(model, loading=False)
+    unet = unet_of(model, loading=False)
     loaded = unet.encoder_hid_proj
     if not isinstance(loaded, Loaded):
         raise ValueError("the IP-Adapters are diffusers'; call the pipeline's unload_ip_adapter()")
@@ -159,7 +177,7 @@ def unload_ip_adapter(model) -> None:
 
 def set_ip_adapter_scale(model, scale: Scale) -> None:
     """See lorakern.conditioning.set_ip_adapter_scale."""
-    unet = _unet(model, loading=False)
+    unet = unet_of(model, loading=False)
     count = len(unet.encoder_hid_proj.image_projection_layers)
     scale = scale if isinstance(scale, list) else [scale] * count
     if len(scale) != count:
@@ -173,7 +191,7 @@ def set_ip_adapter_scale(model, scale: Scale) -> None:
 
 def cache_ip_adapter(model, on: bool = True) -> None:
     """See lorakern.conditioning.cache_ip_adapter."""
-    unet = _unet(model, loading=False)
+    unet = unet_of(model, loading=False)
     processors = [attn.processor for _, attn in _with_images(unet).values()]
     loaded = unet.encoder_hid_proj
     holders = [loaded, *processors, *getattr(loaded, "guests", [])]
@@ -188,7 +206,7 @@ def cache_ip_adapter(model, on: bool = True) -> None:
 # what fits
 
 
-def _unet(model, loading: bool = True) -> nn.Module:
+def unet_of(model, loading: bool = True) -> nn.Module:
     unet = getattr(model, "unet", model)
     if not isinstance(unet, (UNet2DConditionModel, UNetMotionModel)):
         raise ValueError(
@@ -215,6 +233,11 @@ def _places(unet: nn.Module) -> dict[int, tuple[str, Attention]]:
     return {k: (name, unet.get_submodule(name)) for k, name in enumerate(names)}
 
 
+def cross_attentions(unet: nn.Module) -> dict[int, tuple[str, Attention]]:
+    """As _places, those that see the text."""
+    return {k: place for k, place in _places(unet).items() if not place[0].endswith("attn1")}
+
+
 def _with_images(unet: nn.Module) -> dict[int, tuple[str, Attention]]:
     """As _places, those with a processor of an IP-Adapter, which is put back where it was lost."""
     if isinstance(unet.encoder_hid_proj, IPProjection):
@@ -226,14 +249,14 @@ def _with_images(unet: nn.Module) -> dict[int, tuple[str, Attention]]:
     }
 
 
-def _check_layers(unet: nn.Module, found: Checkpoint, cross: list) -> None:
-    widths = sorted({attn.to_k.in_features for _, _, attn in cross})
+def _check_layers(unet: nn.Module, found: Checkpoint, cross: dict) -> None:
+    widths = sorted({attn.to_k.in_features for _, attn in cross.values()})
     if len(cross) != len(found.layers) or widths != [found.width]:
         raise ValueError(
             f"{found.source} is for {len(found.layers)} layers of {found.width} channels, the UNet"
             f" has {len(cross)} of {' and '.join(map(str, widths))}: another family of models"
         )
-    for k, name, attn in cross:
+    for k, (name, attn) in cross.items():
         if k not in found.layers:
             raise ValueError(f"{found.source}: no ip_adapter.{k}, which is {name}")
         want = [attn.to_k.out_features, attn.to_k.in_features]

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations
 
 import lorakern
 from lorakern.adapters import attach, eject, find, inject, merge, set_multiplier, unmerge
-from lorakern.run import checkpoint_gradients
+from lorakern.devices import checkpoint_gradients
 
 
 class Attention(nn.Module):
