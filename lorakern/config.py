@@ -27,7 +27,8 @@ FREE_ON_RESUME = {
 READ_BY = {
     "adapter": {"adapter"},
     "ip_adapter": {"ip_adapter"},
-    "sample.images": {"ip_adapter"},
+    "instantid": {"instantid"},
+    "sample.images": {"ip_adapter", "instantid"},
     "formats": {"adapter"},
     "caption_dropout": {"adapter"},
     "optimizer.text_encoder_lr": {"adapter"},
@@ -90,6 +91,29 @@ class IPAdapterConfig(Section):
         return self
 
 
+class InstantIDConfig(Section):
+    """[instantid]: what is trained by method = "instantid"."""
+
+    controlnet: str = Field(
+        "from_unet", description="the IdentityNet to begin with: a folder, or a copy of the UNet"
+    )
+    adapter: Path | None = Field(
+        None, description="the image adapter to begin with: a file; default: a new one"
+    )
+    tokens: int | None = Field(
+        None, ge=1, description="made of a face by a new image adapter; default: 16"
+    )
+
+    @model_validator(mode="after")
+    def _one_adapter(self) -> "InstantIDConfig":
+        if self.adapter is not None and self.tokens is not None:
+            raise ValueError(
+                f"tokens is {self.tokens}, but those of {self.adapter} are what it has; want one"
+                " of them"
+            )
+        return self
+
+
 class OptimizerConfig(Section):
     """[optimizer]: how it is trained."""
 
@@ -143,8 +167,9 @@ class CheckpointConfig(Section):
 class Config(Section):
     """A training run."""
 
-    method: Literal["adapter", "ip_adapter"] = Field(
-        "adapter", description="what trains: adapter (of weights), ip_adapter (image prompts)"
+    method: Literal["adapter", "ip_adapter", "instantid"] = Field(
+        "adapter",
+        description="what trains: adapter (of weights), ip_adapter (image prompts), instantid",
     )
     model: str = Field(description="a diffusers folder, or a name on the Hugging Face hub")
     data: Path = Field(description="folder of images with same-stem .txt, or with metadata.jsonl")
@@ -170,6 +195,7 @@ class Config(Section):
     resume: bool = Field(False, description="go on from the newest checkpoint in output")
     adapter: AdapterConfig = AdapterConfig()
     ip_adapter: IPAdapterConfig = IPAdapterConfig()
+    instantid: InstantIDConfig = InstantIDConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     loss: LossConfig = LossConfig()
     sample: SampleConfig = SampleConfig()
@@ -180,7 +206,7 @@ class Config(Section):
         if self.sample.every and not self.sample.prompts:
             raise ValueError(f"sample.every is {self.sample.every}, but sample.prompts is empty")
         images, prompts = len(self.sample.images), len(self.sample.prompts)
-        if self.method == "ip_adapter" and self.sample.every and images not in (1, prompts):
+        if self._reads("sample.images") and self.sample.every and images not in (1, prompts):
             raise ValueError(
                 f"sample.images has {images} image prompts for {prompts} prompts; want 1 or as many"
             )

@@ -84,14 +84,10 @@ class IPAdapterProcessor(IPAdapterAttnProcessor2_0):
                 attn, hidden_states, encoder_hidden_states, attention_mask, temb, scale,
                 ip_adapter_masks,
             )  # fmt: skip
-        x = hidden_states
-        if attn.spatial_norm is not None:
-            x = attn.spatial_norm(x, temb)
-        if hidden_states.ndim == 4:
-            x = x.flatten(2).transpose(1, 2)
-        if attn.group_norm is not None:
-            x = attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
-        q, (k, v) = attn.to_q(x), self._text_kv(attn, text)
+        return attend(attn, hidden_states, temb, lambda q: self._decoupled(attn, q, text, images))
+
+    def _decoupled(self, attn: Attention, q: Tensor, text: Tensor, images: list[tuple]) -> Tensor:
+        k, v = text_kv(attn, text, self.text)
         keys, values = [k], [v]
         scales: list[float] = []
         masks: list[Tensor | None] = []
@@ -107,22 +103,7 @@ class IPAdapterProcessor(IPAdapterAttnProcessor2_0):
                     values.append(value)
                     scales.append(factor)
                     masks.append(row)
-        x = decoupled_attention(q, keys, values, scales, masks, heads=attn.heads)
-        x = attn.to_out[1](attn.to_out[0](x))
-
-        if hidden_states.ndim == 4:
-            x = x.transpose(-1, -2).reshape(hidden_states.shape)
-        if attn.residual_connection:
-            x = x + hidden_states
-        return x if attn.rescale_output_factor == 1 else x / attn.rescale_output_factor
-
-    def _text_kv(self, attn: Attention, text: Tensor) -> tuple[Tensor, Tensor]:
-        def make():
-            x = attn.norm_encoder_hidden_states(text) if attn.norm_cross else text
-            return attn.to_k(x), attn.to_v(x)
-
-        norms = [attn.norm_cross] if attn.norm_cross else []
-        return self.text.get(make, [text], [attn.to_k, attn.to_v, *norms])
+        return decoupled_attention(q, keys, values, scales, masks, heads=attn.heads)
 
     def _image_kv(self, adapter: int, states: Tensor, apart: bool) -> tuple[Tensor, Tensor]:
         """K' and V' of states [B, images, T, C]: [B, images·T, C], apart [images, B, T, C]."""
@@ -176,6 +157,37 @@ class IPAdapterProcessor(IPAdapterAttnProcessor2_0):
                 return None
             found.append((adapter, x, scales, mask))
         return found
+
+
+def attend(
+    attn: Attention, hidden_states: Tensor, temb: Tensor | None, mix: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """What diffusers' processors do before and after `mix`, which makes [B, Q, C] of the query."""
+    x = hidden_states
+    if attn.spatial_norm is not None:
+        x = attn.spatial_norm(x, temb)
+    if hidden_states.ndim == 4:
+        x = x.flatten(2).transpose(1, 2)
+    if attn.group_norm is not None:
+        x = attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
+    x = mix(attn.to_q(x))
+    x = attn.to_out[1](attn.to_out[0](x))
+    if hidden_states.ndim == 4:
+        x = x.transpose(-1, -2).reshape(hidden_states.shape)
+    if attn.residual_connection:
+        x = x + hidden_states
+    return x if attn.rescale_output_factor == 1 else x / attn.rescale_output_factor
+
+
+def text_kv(attn: Attention, text: Tensor, kept: Cache) -> tuple[Tensor, Tensor]:
+    """K and V of a layer's text [B, T, C], or those that were kept."""
+
+    def make():
+        x = attn.norm_encoder_hidden_states(text) if attn.norm_cross else text
+        return attn.to_k(x), attn.to_v(x)
+
+    norms = [attn.norm_cross] if attn.norm_cross else []
+    return kept.get(make, [text], [attn.to_k, attn.to_v, *norms])
 
 
 def accelerate(model) -> Callable[[], None]:

@@ -56,6 +56,8 @@ class Loaded(IPProjection):
         # parameters that a LoRA froze
         self.frozen: list[nn.Parameter] = []
         self.feature_extractor = None
+        # what goes with an IP-Adapter: has `caches`, and `remove()` for when it is taken out
+        self.guests: list = []
         self.hooks = [
             unet.register_forward_pre_hook(self.settle),
             unet.register_forward_pre_hook(self.check_masks, with_kwargs=True),
@@ -63,11 +65,15 @@ class Loaded(IPProjection):
 
 
 def load_ip_adapter(
-    model, source: str | Path | Mapping, *, scale: Scale = 1.0, shortcut: bool | None = None
+    model,
+    source: str | Path | Mapping | Checkpoint,
+    *,
+    scale: Scale = 1.0,
+    shortcut: bool | None = None,
 ) -> IPAdapter:
     """See lorakern.conditioning.load_ip_adapter."""
     unet = unet_of(model)
-    found = ip_files.read(source, shortcut)
+    found = source if isinstance(source, Checkpoint) else ip_files.read(source, shortcut)
     places, cross = _places(unet), cross_attentions(unet)
     _check_layers(unet, found, cross)
     loras = _targets(unet, found, places)
@@ -153,6 +159,8 @@ def unload_ip_adapter(model) -> None:
         mine = isinstance(attn.processor, IPAdapterProcessor)
         # a UNet made by from_unet2d of one with IP-Adapters has diffusers'
         attn.set_processor(attn.processor.stock if mine else AttnProcessor2_0())
+    for guest in [*loaded.guests]:
+        guest.remove()
     for adapter in loaded.adapters:
         if adapter.lora and adapters.find(unet, adapter.lora):
             adapters.eject(unet, adapter.lora)
@@ -185,9 +193,11 @@ def cache_ip_adapter(model, on: bool = True) -> None:
     """See lorakern.conditioning.cache_ip_adapter."""
     unet = unet_of(model, loading=False)
     processors = [attn.processor for _, attn in _with_images(unet).values()]
-    holders = [unet.encoder_hid_proj, *processors]
+    loaded = unet.encoder_hid_proj
+    holders = [loaded, *processors, *getattr(loaded, "guests", [])]
     for holder in holders:
-        if isinstance(holder, (IPProjection, IPAdapterProcessor)):
+        # not diffusers'
+        if hasattr(holder, "caches"):
             for cache in holder.caches:
                 cache.on = on
                 cache.clear()

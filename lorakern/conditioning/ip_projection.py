@@ -57,13 +57,19 @@ class IPProjection(embeddings.MultiIPAdapterImageProjection):
             raise ValueError(
                 f"image_embeds are of {len(image_embeds)} IP-Adapters, {len(layers)} are loaded"
             )
-        for index, (layer, x) in enumerate(zip(layers, image_embeds, strict=True)):
-            if reason := refusal(layer, x):
-                raise ValueError(f"image_embeds of IP-Adapter {index}: {reason}")
-        return [
-            cache.get(lambda x=x, layer=layer: self._project(layer, x), [x], [layer])
-            for cache, layer, x in zip(self.caches, layers, image_embeds, strict=True)
-        ]
+        for index, x in enumerate(image_embeds):
+            self._check(index, x)
+        return [self.tokens(index, x) for index, x in enumerate(image_embeds)]
+
+    def tokens(self, index: int, x: Tensor) -> Tensor:
+        """[B, images, ...] of one IP-Adapter -> tokens [B, images, T, C]; raises as `forward`."""
+        self._check(index, x)
+        layer = self.image_projection_layers[index]
+        return self.caches[index].get(lambda: self._project(layer, x), [x], [layer])
+
+    def _check(self, index: int, x: Tensor) -> None:
+        if reason := refusal(self.image_projection_layers[index], x):
+            raise ValueError(f"image_embeds of IP-Adapter {index}: {reason}")
 
     def _project(self, layer: nn.Module, x: Tensor) -> Tensor:
         tokens = layer(x.flatten(0, 1)).unflatten(0, x.shape[:2])

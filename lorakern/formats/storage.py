@@ -5,8 +5,10 @@ import json
 import os
 import pickle
 import secrets
+import shutil
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +158,35 @@ def write(files: Mapping[Path, bytes]) -> None:
     finally:
         for temporary, _ in pending:
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A new folder to write files into, on disk and in the place of `folder` when the block ends.
+
+    When the block raises, what was there stays. A folder that is replaced is moved aside first.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unique = f".{folder.name}.{secrets.token_hex(4)}"
+    temporary, old = folder.with_name(f"{unique}.tmp"), folder.with_name(f"{unique}.old")
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with open(file, "rb+") as opened:
+                    os.fsync(opened.fileno())
+        if folder.exists():
+            os.rename(folder, old)
+        os.rename(temporary, folder)
+    except BaseException:
+        if old.exists():
+            os.rename(old, folder)
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    sync_folder(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def sync_folder(folder: Path) -> None:

@@ -3,11 +3,13 @@
 from lorakern.config import Config
 from lorakern.methods.adapter import WeightAdapter
 from lorakern.methods.base import Method
+from lorakern.methods.instantid import Identity
 from lorakern.methods.ip_adapter import ImagePrompt
 
 METHODS: dict[str, type[Method]] = {
     "adapter": WeightAdapter,
     "ip_adapter": ImagePrompt,
+    "instantid": Identity,
 }
 
 

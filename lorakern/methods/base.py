@@ -1,7 +1,7 @@
 """What a method of training is: all that a Run asks of it, in the order in which it is asked."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from lorakern import models
 from lorakern.cache import Latent
 from lorakern.config import Config
 from lorakern.data import Example
+from lorakern.devices import bf16, device_of
 
 
 class Method(ABC):
@@ -61,6 +62,16 @@ class Method(ABC):
         Raises:
             ValueError: it does not fit the model.
         """
+
+    def to_bf16(self, module: nn.Module, exact: Iterable[nn.Parameter]) -> None:
+        """Bring a module to bfloat16 where the config says so, but for these, to the bit."""
+        if bf16(self.config.precision, device_of(self.config.device)):
+            exact = [*exact]
+            values = [p.detach().clone() for p in exact]
+            with models.quiet_libraries():
+                module.to(torch.bfloat16)
+            for parameter, value in zip(exact, values, strict=True):
+                parameter.data = value
 
     def check_export(self) -> None:
         """Raises ValueError, after `inject`, for what could not be written in the end."""

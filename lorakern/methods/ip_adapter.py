@@ -16,7 +16,7 @@ from lorakern import cache, conditioning, data, models
 from lorakern.cache import Latent
 from lorakern.config import Config
 from lorakern.data import Example
-from lorakern.devices import bf16, checkpoint_gradients, device_of
+from lorakern.devices import checkpoint_gradients
 from lorakern.methods import image_features
 from lorakern.methods.base import Method
 from lorakern.monitor import progress
@@ -95,13 +95,7 @@ class ImagePrompt(Method):
         )
         self.base, self.trained = base, {"unet": unet}
         self.parameters = ip_train.parameters(unet)
-        if bf16(config.precision, device_of(config.device)):
-            exact = [p.detach().clone() for p in self.parameters.values()]
-            with models.quiet_libraries():
-                unet.to(torch.bfloat16)
-            # what trains stays in float32, to the bit
-            for parameter, value in zip(self.parameters.values(), exact, strict=True):
-                parameter.data = value
+        self.to_bf16(unet, self.parameters.values())
         unet.train()
         if config.gradient_checkpointing:
             checkpoint_gradients(unet)
