@@ -45,6 +45,7 @@ BENCHES = {
     "dora": (4, [], ["--case", "O320 I768 M77"]),
     "lora_conv2d": (4, [], ["--case", "K1"]),
     "overhead": (2, [], []),
+    "unet_call of sd15": (4, ["--size", "64", "--images", "16"], ["--images", "16"]),
     "train_step of sdxl": (10, ["--size", "128", "--checkpointing"], ["--checkpointing"]),
     "hada_delta": (3, [], ["--case", "O320 I320 R4"]),
     "kron_delta": (3, [], ["--case", "O320 I320 F8"]),
@@ -128,20 +129,21 @@ def stages(options: argparse.Namespace) -> list[Stage]:
     found = [Stage("build", BUILD, build), Stage("tests", TESTS, tests, stop=signal.SIGINT)]
     for name, (share, arguments, small) in BENCHES.items():
         bench, *remark = name.split()
-        step = bench == "train_step"
+        # of a UNet, not of an op
+        whole = bench in ("train_step", "unet_call")
         command = (
-            [*python, "-m", "bench.train_step"] if step else [*python, "-m", "bench.run", bench]
+            [*python, "-m", f"bench.{bench}"] if whole else [*python, "-m", "bench.run", bench]
         )
         command += ["--record", "--results", str(options.results), *on]
-        command += ["--dtype", *(["bfloat16"] if step else options.dtype)]
+        command += ["--dtype", *(["bfloat16"] if whole else options.dtype)]
         if options.quick:
             model = ["--model", "tiny", "--size", "4"]
             command += [*small, "--rounds", "2", "--threads", "1"]
         else:
             model = ["--model", *remark[1:2]]
-            command += [*arguments, "--seconds", "8" if step else "0.5"]
-        command += model if step else []
-        found.append(Stage(name, share, [command], needs="diffusers" if step else ""))
+            command += [*arguments, "--seconds", "8" if whole else "0.5"]
+        command += model if whole else []
+        found.append(Stage(name, share, [command], needs="diffusers" if whole else ""))
     return found
 
 
