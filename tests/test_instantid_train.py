@@ -238,7 +238,7 @@ def test_a_plan_counts_what_trains(make, seen):
     assert planned.writes == [chosen.output / "adapter"] and not chosen.output.exists()
     fit(chosen)
     assert planned.trained == sum(p.numel() for p in seen["run"].parameters)
-    assert "InstantID on 3 cross-attentions" in str(planned)
+    assert "InstantID on 4 cross-attentions" in planned.about
     first = lines_of(chosen.output / "log.jsonl")[0]
     assert first["parameters"] == planned.trained
 

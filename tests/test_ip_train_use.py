@@ -59,7 +59,7 @@ def test_an_embedding_that_is_not_finite_is_named(home, make, tmp_path):
             {"method": "adapter"},
             'embeddings is /.*base.safetensors, which method = "adapter" does not',
         ),
-        ({"method": "ipadapter"}, "method: .*'adapter' or 'ip_adapter'"),
+        ({"method": "ipadapter"}, "method: .*'adapter', 'ip_adapter' or 'instantid'"),
         ({"sample": {"every": 1, "prompts": ["a", "b"]}}, "0 image prompts for 2 prompts"),
         ({"sample": {"every": 1, "prompts": ["a"], "images": ["x"]}}, "none for 1 of 1 images: x"),
         ({"variant": "plus", "ip_adapter": {"variant": "plus", "embeddings": "base"}}, "want .tok"),

@@ -136,7 +136,8 @@ kron_linear_bwd_cuda(const at::Tensor& dy, const at::Tensor& x, const at::Tensor
   TORCH_CHECK_VALUE(!needs[5], "dgain: this kernel makes none");
   auto [dc_up, dc_down, dd_up, dd_down] = kron_linear_factors_cuda(
       dy, x, c_up, c_down, d_up, d_down, scale, gain, {needs[1], needs[2], needs[3], needs[4]});
-  at::Tensor dx = at::empty({0}, x.options()), dgain = at::empty({0}, x.options());
+  at::Tensor dx = at::empty({0}, x.options());
+  at::Tensor dgain = at::empty({0}, gain ? gain->options() : x.options());
   if (needs[0]) {
     const c10::cuda::CUDAGuard guard(x.device());
     const at::Tensor c = whole(c_up, c_down, dtype), d = whole(d_up, d_down, dtype);
