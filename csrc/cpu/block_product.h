@@ -42,14 +42,14 @@ struct Rows {
   int64_t slots, per_slot, block;
 
   // k: lanes of a row that are kept in cache; work: multiply-adds of the whole product
-  Rows(int64_t M, int64_t k, int64_t lane_bytes, int64_t work) {
+  Rows(int64_t M, int64_t k, int64_t lane_bytes, int64_t work, int64_t height = kTileRows) {
     const int64_t tiles = (M + kTileRows - 1) / kTileRows;
     const int64_t threads = work < kSerial ? 1 : at::get_num_threads();
     const int64_t runs = std::clamp<int64_t>(threads, 1, tiles);
     per_slot = (M + runs - 1) / runs;
     slots = (M + per_slot - 1) / per_slot;
     const int64_t fit = kBlockBytes / (lane_bytes * std::clamp<int64_t>(k, 1, kDepth));
-    block = std::min(per_slot, std::max<int64_t>(fit / kTileRows, 1) * kTileRows);
+    block = std::min(per_slot, std::max<int64_t>(fit / height, 1) * height);
   }
 };
 
@@ -62,6 +62,8 @@ struct Block {
   static constexpr bool kPairs = kPairs_;
   // start() gives each sum a first value
   static constexpr bool kStarts = false;
+  // store() puts the sums into out and no more
+  static constexpr bool kPlainStore = true;
   LowRank<scalar_t> p;
 
   int64_t lanes() const { return kPairs ? p.K / 2 : p.K; }
@@ -73,6 +75,11 @@ struct Block {
   // panel[lanes, width] of W from column `first`
   void pack(acc_t* panel, int64_t first, int64_t width) const {
     pack_panel<kPairs>(panel, p.wide, p.transposed, p.K, p.N, first, width);
+  }
+
+  // whether sums are made in out itself, of a block's whole panels
+  bool in_place() const {
+    return std::is_same_v<scalar_t, acc_t> && !(p.transposed && p.gain);
   }
 
   // rows of a in lanes; room for them when they are not direct
@@ -95,6 +102,7 @@ struct Block {
   // sums[rows, ld] of the `used` columns from col, finished
   void store(int64_t slot, int64_t row, int64_t rows, int64_t col, int64_t used, acc_t* sums,
              int64_t ld) {
+    if (static_cast<const void*>(sums) == p.out + row * p.N + col && !p.bias) return;
     acc_t bias[kPanel<acc_t>];
     if (p.bias) widen(bias, p.bias + col, used);
     const acc_t* const gain = p.transposed && p.gain ? p.gain + col : nullptr;
@@ -114,12 +122,12 @@ void block_product(Op& op, const Rows& rows_of) {
   constexpr bool kPairs = Op::kPairs;
   constexpr int64_t kWide = kPanel<acc_t>;
   const LowRank<scalar_t>& p = op.p;
-  const int64_t K = op.lanes(), Rp = padded<acc_t>(p.R);
+  const int64_t K = op.lanes(), Rp = padded<acc_t>(p.R), E = kPairs ? Rp : p.R;
   const auto options = p.options.dtype(c10::CppTypeToScalarType<acc_t>::value);
 
   const int64_t slots = rows_of.slots, block = rows_of.block;
   const int64_t all = (p.N + kWide - 1) / kWide * kWide;
-  int64_t group = kGroupBytes / (sizeof(acc_t) * std::max<int64_t>(1, K + p.R)) / kWide * kWide;
+  int64_t group = kGroupBytes / (sizeof(acc_t) * std::max<int64_t>(1, K + E)) / kWide * kWide;
   group = std::max(kWide, Op::kStarts ? all : std::min(all, group));
   const int64_t passes = K > kDepth ? (K + kDepth - 1) / kDepth : 1;
   // sums of one panel at a time, unless they are started or come back
@@ -127,7 +135,7 @@ void block_product(Op& op, const Rows& rows_of) {
 
   const int64_t ld = whole ? group : kWide;
   const int64_t wide_size = op.direct() ? 0 : block * p.K;
-  const int64_t shrink_size = K * Rp, group_size = (K + p.R) * group;
+  const int64_t shrink_size = K * Rp, group_size = (K + E) * group;
   const int64_t slot_size = block * ld + wide_size;
   at::Tensor scratch =
       at::empty({shrink_size + group_size + slots * slot_size + p.M * Rp}, options);
@@ -150,9 +158,14 @@ void block_product(Op& op, const Rows& rows_of) {
           pack_panel<kPairs>(shrink + first * K, p.shrink, p.transposed, p.K, p.R, first, width);
           continue;
         }
-        acc_t* panel = panels + (first - col0) * (K + p.R);
+        acc_t* const panel = panels + (first - col0) * (K + E);
+        acc_t* const expand = panel + K * width;
         op.pack(panel, first, width);
-        pack_panel<false>(panel + K * width, p.expand, p.transposed, p.R, p.N, first, width);
+        pack_panel<false>(expand, p.expand, p.transposed, p.R, p.N, first, width);
+        if constexpr (kPairs) {
+          twice(expand, p.R * width);
+          std::fill(expand + p.R * width, expand + E * width, acc_t(0));
+        }
       }
     });
 
@@ -167,6 +180,8 @@ void block_product(Op& op, const Rows& rows_of) {
                                                {a, K, shrink + r * K, width, K});
         }
         op.visit(slot, row, rows, a, t);
+        // in the update the sums of t keep 16 bits, twice those of the result
+        if constexpr (kPairs) split_pairs(t, rows * Rp);
         op.start(slot, row, rows, sums, ld);
       }
       for (int64_t pass = 0; pass < passes; ++pass) {
@@ -175,14 +190,18 @@ void block_product(Op& op, const Rows& rows_of) {
         const int64_t depth = last ? K - k : kDepth;
         for (int64_t c = 0; c < cols; c += kWide) {
           const int64_t width = width_of(p.N - col0 - c);
-          const acc_t* panel = panels + c * (K + p.R);
-          acc_t* const c_sums = whole ? sums + c : sums;
-          multiply_panel<acc_t, kPairs, false>(c_sums, ld, Op::kStarts || pass > 0, rows,
+          const int64_t used = std::min(width, cols - c);
+          const acc_t* panel = panels + c * (K + E);
+          const bool in_place = Op::kPlainStore && !Op::kStarts && op.in_place() && used == width;
+          acc_t* const c_sums = in_place ? reinterpret_cast<acc_t*>(p.out) + row * p.N + col0 + c
+                                : whole  ? sums + c
+                                         : sums;
+          const int64_t ld_sums = in_place ? p.N : ld;
+          multiply_panel<acc_t, kPairs, false>(c_sums, ld_sums, Op::kStarts || pass > 0, rows,
                                                width == kWide,
                                                {a + k, K, panel + k * width, width, depth},
-                                               {t, Rp, panel + K * width, width, last ? p.R : 0});
-          if (last)
-            op.store(slot, row, rows, col0 + c, std::min(width, cols - c), c_sums, ld);
+                                               {t, Rp, panel + K * width, width, last ? E : 0});
+          if (last) op.store(slot, row, rows, col0 + c, used, c_sums, ld_sums);
         }
       }
     };
@@ -207,8 +226,12 @@ void with_pairs(int64_t k, const Run& run) {
 
 template <typename Op>
 Rows rows_of(const Op& op) {
-  return Rows(op.p.M, op.lanes(), sizeof(typename Op::acc_t), op.p.M * op.p.N * op.p.K);
+  return Rows(op.p.M, op.lanes(), sizeof(typename Op::acc_t), op.p.M * op.p.N * op.p.K,
+              kHeight<Op::kPairs>);
 }
+
+// rows of a share that go by all columns before the next: so few that their pages stay at hand
+constexpr int64_t kOuterRun = 64;
 
 // sum[R, padded N] (+)= t[rows, R]ᵀ src[rows, N]: one block's share of a factor's gradient.
 // kPairs: t is made of pairs of rows, [(rows + 1) / 2, R] lanes. panel: room for one of src.
@@ -217,19 +240,24 @@ void add_outer(acc_t* sum, bool add, const acc_t* t, int64_t ldt, int64_t R, con
                int64_t N, int64_t rows, acc_t* panel) {
   constexpr int64_t kWide = kPanel<acc_t>;
   const int64_t ld = padded<acc_t>(N);
-  for (int64_t c = 0; c < N; c += kWide) {
-    const int64_t used = std::min(kWide, N - c);
-    const int64_t width = used > kWidth<acc_t> ? kWide : kWidth<acc_t>;
-    Term<acc_t> term{t, ldt, panel, width, kPairs ? (rows + 1) / 2 : rows};
-    if constexpr (kPairs) {
-      pack_row_pairs(panel, width, src + c, N, used, rows);
-    } else if (std::is_same_v<scalar_t, acc_t> && used == width) {
-      term.b = reinterpret_cast<const acc_t*>(src) + c;
-      term.ldb = N;
-    } else {
-      pack_rows(panel, width, src + c, N, used, rows);
+  for (int64_t row = 0; row < rows; row += kOuterRun) {
+    const int64_t depth = std::min(kOuterRun, rows - row);
+    const acc_t* const left = t + (kPairs ? row / 2 : row) * ldt;
+    for (int64_t c = 0; c < N; c += kWide) {
+      const int64_t used = std::min(kWide, N - c);
+      const int64_t width = used > kWidth<acc_t> ? kWide : kWidth<acc_t>;
+      const scalar_t* const from = src + row * N + c;
+      Term<acc_t> term{left, ldt, panel, width, kPairs ? (depth + 1) / 2 : depth};
+      if constexpr (kPairs) {
+        pack_row_pairs(panel, width, from, N, used, depth);
+      } else if (std::is_same_v<scalar_t, acc_t> && used == width) {
+        term.b = reinterpret_cast<const acc_t*>(from);
+        term.ldb = N;
+      } else {
+        pack_rows(panel, width, from, N, used, depth);
+      }
+      multiply_panel<acc_t, kPairs, true>(sum + c, ld, add || row > 0, R, width == kWide, term);
     }
-    multiply_panel<acc_t, kPairs, true>(sum + c, ld, add, R, width == kWide, term);
   }
 }
 

@@ -21,6 +21,7 @@ template <typename Forward>
 struct GainGradient : Forward {
   using scalar_t = typename Forward::scalar_t;
   using acc_t = typename Forward::acc_t;
+  static constexpr bool kPlainStore = false;
   const scalar_t* dy;
   // [slots, N]
   acc_t* parts;

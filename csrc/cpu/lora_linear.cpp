@@ -225,7 +225,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_bwd_cpu(
           {p}, data<scalar_t>(x), data<scalar_t>(h), O, I, R, scale,
           needs[1] ? ddown.mutable_data_ptr<scalar_t>() : nullptr,
           needs[2] ? dup.mutable_data_ptr<scalar_t>() : nullptr,
-          Rows(M, kPairs ? O / 2 : O, sizeof(at::opmath_type<scalar_t>), M * O * I)};
+          Rows(M, kPairs ? O / 2 : O, sizeof(at::opmath_type<scalar_t>), M * O * I,
+               kHeight<kPairs>)};
       op.run();
     });
   });

@@ -38,6 +38,14 @@ inline void narrow(scalar_t* out, const acc_t* in, const acc_t* bias, int64_t n)
   if constexpr (std::is_same_v<scalar_t, acc_t>) {
     for (; i + Vec::size() <= n; i += Vec::size()) sum(i).store(out + i);
   } else {
+#if defined(__AVX512BF16__) && defined(CPU_CAPABILITY_AVX512)
+    if constexpr (std::is_same_v<scalar_t, at::BFloat16>) {
+      for (; i + 2 * Vec::size() <= n; i += 2 * Vec::size()) {
+        const __m512bh pairs = _mm512_cvtne2ps_pbh(sum(i + Vec::size()), sum(i));
+        std::memcpy(out + i, &pairs, sizeof(pairs));
+      }
+    }
+#endif
     for (; i + 2 * Vec::size() <= n; i += 2 * Vec::size())
       at::vec::convert_from_float<scalar_t>(sum(i), sum(i + Vec::size())).store(out + i);
   }
@@ -99,6 +107,34 @@ inline void interleave(at::BFloat16* out, const at::BFloat16* even, const at::BF
   }
 }
 #endif
+
+// Lanes of float32 as pairs whose products with a bfloat16 that is there twice add up to 16 bits
+// of the float32: each becomes its bfloat16 and what that leaves out.
+inline void split_pairs(float* lanes, int64_t n) {
+#if defined(__AVX512BF16__) && defined(CPU_CAPABILITY_AVX512)
+  for (int64_t i = 0; i < n; i += 16) {
+    const __mmask16 some = n - i < 16 ? (1 << (n - i)) - 1 : 0xffff;
+    const __m512 value = _mm512_maskz_loadu_ps(some, lanes + i);
+    const __m512i high = _mm512_slli_epi32(
+        _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value))), 16);
+    // nothing is left out of an infinity
+    const __mmask16 finite = ~_mm512_fpclass_ps_mask(_mm512_castsi512_ps(high), 0x18);
+    const __m512 rest = _mm512_maskz_sub_ps(finite, value, _mm512_castsi512_ps(high));
+    const __m512i low = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(rest)));
+    _mm512_mask_storeu_epi32(lanes + i, some, _mm512_or_si512(high, low));
+  }
+#endif
+}
+
+// the other side of split_pairs: float32 lanes that hold a bfloat16 hold it twice
+inline void twice(float* lanes, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, lanes + i, sizeof(bits));
+    bits |= bits >> 16;
+    std::memcpy(lanes + i, &bits, sizeof(bits));
+  }
+}
 
 // dst[(k + 1) / 2, width] of pairs (src[2 k, c], src[2 k + 1, c]), zero beyond cols and k
 inline void pack_row_pairs(float* dst, int64_t width, const at::BFloat16* src, int64_t ld,

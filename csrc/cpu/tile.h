@@ -13,6 +13,7 @@
 #include <utility>
 
 #include "../vec.h"
+#include "amx.h"
 
 namespace lorakern {
 
@@ -28,6 +29,14 @@ constexpr int kTileRows = 6;
 constexpr bool kHasPairs = true;
 #else
 constexpr bool kHasPairs = false;
+#endif
+
+// rows that fill the registers of a product, in pairs or not
+template <bool kPairs>
+#if defined(LORAKERN_AMX)
+constexpr int kHeight = kPairs ? 2 * amx::kSide : kTileRows;
+#else
+constexpr int kHeight = kTileRows;
 #endif
 
 template <typename scalar_t>
@@ -100,7 +109,7 @@ void tile(acc_t* c, int64_t ldc, bool add, const Term<acc_t>& first, const Term<
     for (int j = 0; j < kVecs; ++j) sums[i][j] = Vec(acc_t(0));
   }
   accumulate<acc_t, kRows, kVecs, kPairs, kColumnMajor>(sums, first);
-  if (second.k > 0) accumulate<acc_t, kRows, kVecs, false, kColumnMajor>(sums, second);
+  if (second.k > 0) accumulate<acc_t, kRows, kVecs, kPairs, kColumnMajor>(sums, second);
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 2
@@ -124,17 +133,35 @@ constexpr std::array<TileFn<acc_t>, sizeof...(kRows)> tiles_of(
 // exact: rounding grows with the root of a run's length and of their number. A narrow panel is the
 // down product of a small rank, whose error the up product spreads: there plain torch has short
 // runs too.
-constexpr int64_t kWideRun = 256, kNarrowRun = 16;
+template <typename acc_t>
+constexpr int64_t kWideRun = sizeof(acc_t) == 4 ? 384 : 256;
+constexpr int64_t kNarrowRun = 16;
 
 // c[rows, cols] of one panel, in tiles of nearly equal height. `wide`: kPanel columns, else kWidth.
 template <typename acc_t, bool kPairs, bool kColumnMajor>
-void multiply_panel(acc_t* c, int64_t ldc, bool add, int64_t rows, bool wide,
-                    const Term<acc_t>& first, const Term<acc_t>& second = {}) {
+void multiply_panel(acc_t* c, int64_t ldc, bool add, int64_t rows, bool wide, Term<acc_t> first,
+                    Term<acc_t> second = {}) {
+#if defined(LORAKERN_AMX)
+  if constexpr (kPairs) {
+    if (first.k >= amx::kSide && amx::ready()) {
+      Term<acc_t> whole = first, extra = second;
+      whole.k = first.k / amx::kSide * amx::kSide;
+      if (whole.k < first.k || second.k % amx::kSide) extra.k = 0;
+      amx::multiply_panel<kColumnMajor>(c, ldc, add, rows, wide, whole, extra);
+      second.k -= extra.k;
+      if (whole.k == first.k && second.k == 0) return;
+      first.a += kColumnMajor ? whole.k * first.lda : whole.k;
+      first.b += whole.k * first.ldb;
+      first.k -= whole.k;
+      add = true;
+    }
+  }
+#endif
   using Heights = std::make_integer_sequence<int, kTileRows>;
   static constexpr auto kNarrow = tiles_of<acc_t, 1, kPairs, kColumnMajor>(Heights{});
   static constexpr auto kWide = tiles_of<acc_t, 2, kPairs, kColumnMajor>(Heights{});
   const int64_t count = (rows + kTileRows - 1) / kTileRows;
-  const int64_t longest = wide ? kWideRun : kNarrowRun;
+  const int64_t longest = wide ? kWideRun<acc_t> : kNarrowRun;
   const int64_t runs = std::max<int64_t>(1, (first.k + longest - 1) / longest);
   const int64_t length = (first.k + runs - 1) / runs;
   for (int64_t run = 0; run < runs; ++run) {
