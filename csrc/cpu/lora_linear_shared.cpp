@@ -120,11 +120,26 @@ void shared_forward(const at::Tensor& x, const SharedLayers& layers, std::vector
       col += whole_panels<at::opmath_type<scalar_t>>(O);
       first += R;
     }
-    const LowRank<scalar_t> p{M, I, columns, S, data<scalar_t>(x), nullptr, data<scalar_t>(down),
-                              nullptr, nullptr, true, nullptr, x.options()};
     with_pairs<scalar_t>(I, [&](auto pairs) {
-      SharedForward<scalar_t, pairs.value> op{{p}, given, h.mutable_data_ptr<scalar_t>()};
-      block_product(op, rows_of(op));
+      const auto run = [&](const SharedLayersOf<scalar_t>& some, int64_t N, int64_t R,
+                           int64_t from) {
+        const LowRank<scalar_t> p{M, I, N, R, data<scalar_t>(x), nullptr,
+                                  data<scalar_t>(down) + from * I, nullptr, nullptr, true, nullptr,
+                                  x.options()};
+        SharedForward<scalar_t, pairs.value> op{{p}, some, h.mutable_data_ptr<scalar_t>() + from,
+                                                S};
+        const Rows rows = rows_of(op);
+        // rows of one block meet a panel once: all panels at once would only push each other out
+        if (rows.block == rows.per_slot && some.size() > 1) return false;
+        block_product(op, rows);
+        return true;
+      };
+      if (run(given, columns, S, 0)) return;
+      for (SharedLayer<scalar_t> l : given) {
+        const int64_t from = l.first;
+        l.at = l.first = 0;
+        run({l}, l.O, l.R, from);
+      }
     });
   });
 }

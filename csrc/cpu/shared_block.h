@@ -33,6 +33,8 @@ struct SharedForward : Block<scalar_t, kPairs> {
   using acc_t = at::opmath_type<scalar_t>;
   const SharedLayersOf<scalar_t>& layers;
   scalar_t* h;
+  // from a row of h to the next
+  int64_t ldh;
 
   const SharedLayer<scalar_t>& layer_of(int64_t col) const {
     size_t j = layers.size() - 1;
@@ -55,7 +57,7 @@ struct SharedForward : Block<scalar_t, kPairs> {
 
   void visit(int64_t, int64_t row, int64_t rows, const acc_t*, acc_t* t) const {
     for (int64_t i = 0; i < rows; ++i, t += this->t_lanes()) {
-      narrow<scalar_t, acc_t>(h + (row + i) * this->p.R, t, nullptr, this->p.R);
+      narrow<scalar_t, acc_t>(h + (row + i) * ldh, t, nullptr, this->p.R);
       for (const auto& l : layers)
         for (int64_t r = 0; r < l.R; ++r) t[l.first + r] *= static_cast<acc_t>(l.scale);
     }

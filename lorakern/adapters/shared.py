@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from lorakern.adapters.base import ALGOS, Adapter
-from lorakern.functional import lora_linear_shared
 from lorakern.ops.lora_linear_shared.op import native
 
 # diffusers, transformers, Llama's own code; in the order of the calls
@@ -90,18 +89,17 @@ class SharedInput:
 
     def _compute(self, x: Tensor) -> Tensor | None:
         members = [m() for m in self._members]
-        if not (_plain(x) and native(x) and all(m is not None and _ready(m, x) for m in members)):
+        if not (_plain(x) and (run := native(x)) and all(m and _ready(m, x) for m in members)):
             return None
         tensors = [_tensors(m) for m in members]
-        if any(t.is_inference() for some in tensors for t in some if t is not None):
+        weights, biases, downs, ups = map(list, zip(*tensors, strict=True))
+        if any(t.is_inference() for t in (*weights, *downs, *ups)):
             return None
-        weights, biases, downs, ups = zip(*tensors, strict=True)
         if any(f.dtype is not x.dtype for f in (*downs, *ups)):
             downs, ups = ([f.to(x.dtype) for f in some] for some in (downs, ups))
-        first, *others = lora_linear_shared(
-            x, weights, biases, downs, ups, [m.scale for m in members]
-        )
-        self._kept = _Kept(x, dict(zip(members[1:], others, strict=True)))
+        # what the public function would ask, _ready asked, and the kernel asks for shapes
+        first, *ys = run(x.contiguous(), weights, biases, downs, ups, [m.scale for m in members])
+        self._kept = _Kept(x, members[1:], ys, tensors[1:])
         # at most one group of a thread has outputs that wait
         last, _latest.group = getattr(_latest, "group", None), weakref.ref(self)
         other = last() if last is not None else None
@@ -113,13 +111,13 @@ class SharedInput:
 class _Kept:
     """Outputs that wait for their calls, and what they were computed of."""
 
-    def __init__(self, x: Tensor, outputs: dict[Adapter, Tensor]):
+    def __init__(self, x: Tensor, members: list[Adapter], ys: list[Tensor], tensors: list[tuple]):
         # weak: x is not kept longer than by its other users
         self.x, self.of_x, self.hooked = weakref.ref(x), _state([x]), _hooked()
         self.grad = torch.is_grad_enabled()
         # the tensors too, so that no other takes the place of one
-        self.outputs = {id(m): (y, m.scale, _tensors(m), _state(_tensors(m)))
-                        for m, y in outputs.items()}  # fmt: skip
+        each = zip(members, ys, tensors, strict=True)
+        self.outputs = {id(m): (y, m.scale, some, _state(some)) for m, y, some in each}
 
     def has(self, member: Adapter) -> bool:
         return id(member) in self.outputs
