@@ -20,6 +20,9 @@
 namespace lorakern {
 namespace {
 
+// packed weights that go through forward together: what an L2 holds
+constexpr int64_t kTogetherBytes = 2 << 20;
+
 // whole panels of columns, so that the next layer starts with a panel of its own
 template <typename acc_t>
 int64_t whole_panels(int64_t columns) {
@@ -129,8 +132,11 @@ void shared_forward(const at::Tensor& x, const SharedLayers& layers, std::vector
         SharedForward<scalar_t, pairs.value> op{{p}, some, h.mutable_data_ptr<scalar_t>() + from,
                                                 S};
         const Rows rows = rows_of(op);
-        // rows of one block meet a panel once: all panels at once would only push each other out
-        if (rows.block == rows.per_slot && some.size() > 1) return false;
+        // Panels that do not stay in L2 together, or that meet one block of rows only, would push
+        // each other out.
+        const int64_t bytes = N * (op.lanes() + R) * sizeof(at::opmath_type<scalar_t>);
+        if (some.size() > 1 && (rows.block == rows.per_slot || bytes > kTogetherBytes))
+          return false;
         block_product(op, rows);
         return true;
       };

@@ -25,7 +25,7 @@ from lorakern import backend
 from lorakern.adapters import attach, eject, find, inject, shared
 from lorakern.testing import assert_as_exact_as_torch
 
-pytestmark = needs_native
+pytestmark = [needs_native, pytest.mark.usefixtures("fired")]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

@@ -16,11 +16,13 @@ from siblings import (
     outcome,
     trained,
 )
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lorakern.adapters import merge, unmerge
+from lorakern.adapters import merge, shared, unmerge
+from lorakern.adapters.shared import wins
 
-pytestmark = needs_native
+pytestmark = [needs_native, pytest.mark.usefixtures("fired")]
 
 
 # what happens between the call of q and those of k and v: each must then see it
@@ -320,3 +322,21 @@ def test_threads_get_their_own_outputs():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+@pytest.mark.parametrize(
+    "rows, needs_dx, width, pays",
+    [(256, True, 16, True), (255, True, 16, False), (256, False, 16, False),
+     (256, True, 2000, True), (256, True, 2500, False)],
+)  # fmt: skip
+def test_a_call_that_does_not_pay_is_not_made(rows, needs_dx, width, pays, fired, monkeypatch):
+    monkeypatch.setattr(shared, "wins", wins)
+    module = nn.ModuleDict({n: nn.Linear(1000, width) for n in ("gate_proj", "up_proj")})
+    adapted(module, targets=["gate_proj", "up_proj"])
+    x = torch.randn(rows, 1000, requires_grad=needs_dx)
+    for layer in module.values():
+        layer(x)
+    assert fired == [2] * pays
+    with torch.no_grad():
+        module.gate_proj(x)
+    assert fired == [2] * pays
