@@ -44,15 +44,16 @@ def link(parent: nn.Module) -> None:
             adapter._shared = group if adapter in members else None
 
 
-def wins(x: Tensor, weights: Sequence[Tensor]) -> bool:
+def wins(x: Tensor, members: Sequence[Adapter]) -> bool:
     """Whether one call on a CPU is faster than one a layer, as measured.
 
     What it saves is the gradients of x that would be added up. It pays where enough rows meet the
     weights, packed in the type of the sums, and these fit in one pass (kGroupBytes of csrc).
     """
-    rows, lane = x.numel() // x.shape[-1], 8 if x.dtype is torch.float64 else 4
-    needs_dx = x.requires_grad and torch.is_grad_enabled()
-    return needs_dx and rows >= 256 and lane * sum(w.numel() for w in weights) <= 2**24
+    if not (x.requires_grad and torch.is_grad_enabled() and x.numel() >= 256 * x.shape[-1]):
+        return False
+    size = sum(m.root.weight.numel() for m in members)
+    return size * (8 if x.dtype is torch.float64 else 4) <= 2**24
 
 
 class SharedInput:
@@ -100,12 +101,12 @@ class SharedInput:
 
     def _compute(self, x: Tensor) -> Tensor | None:
         members = [m() for m in self._members]
-        if not (_plain(x) and (run := native(x)) and all(m and _ready(m, x) for m in members)):
+        if None in members or not wins(x, members):
+            return None
+        if not (_plain(x) and (run := native(x)) and all(_ready(m, x) for m in members)):
             return None
         tensors = [_tensors(m) for m in members]
         weights, biases, downs, ups = map(list, zip(*tensors, strict=True))
-        if not wins(x, weights):
-            return None
         if any(t.is_inference() for t in (*weights, *downs, *ups)):
             return None
         if any(f.dtype is not x.dtype for f in (*downs, *ups)):

@@ -17,5 +17,5 @@ def fired(monkeypatch):
         )
 
     monkeypatch.setattr(shared, "native", spy)
-    monkeypatch.setattr(shared, "wins", lambda x, weights: True)
+    monkeypatch.setattr(shared, "wins", lambda x, members: True)
     return counts
