@@ -50,8 +50,8 @@ def check(bench: ModuleType, args: tuple, layers: dict[str, Layer]) -> tuple:
             continue
         x = args[0].detach().requires_grad_()
         y = layer.call(x)
-        dx, *dfactors = torch.autograd.grad(y, (x, *layer.factors), dy)
-        got = (y, dx, *_like(dfactors, same[1:]))
+        dx, *dfactors = torch.autograd.grad(y, (x, *layer.factors), dy_of(bench, backward_args))
+        got = (_joined(y), dx, *_like(dfactors, same[1:]))
         results = zip(names, got, (exact_y, *exact), (same_y, *same), strict=True)
         for what, mine, truth, plain in results:
             # asked for by nobody
@@ -85,7 +85,7 @@ def lost_shares(bench: ModuleType, args: tuple) -> dict[str, float]:
     delta = _first(exactly(forward.reference, *small)) - base
 
     runs: dict[str, Callable[[], Tensor]] = {
-        name: lambda layer=layer: layer.call(args[0])
+        name: lambda layer=layer: _joined(layer.call(args[0]))
         for name, layer in bench.layers(small).items()
         if layer.factors
     }
@@ -97,6 +97,15 @@ def lost_shares(bench: ModuleType, args: tuple) -> dict[str, float]:
 def able(op: str, args: tuple) -> list[str]:
     """Backends that run these arguments."""
     return [name for name, reason in backend.why(op, *args).items() if reason == "ok"]
+
+
+def dy_of(bench: ModuleType, backward_args: tuple) -> Tensor | list[Tensor]:
+    """The gradient of the output, or of each, among the arguments of the op's backward."""
+    return backward_args[getattr(bench, "DY", 0)]
+
+
+def _joined(y: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return y if isinstance(y, Tensor) else torch.cat([part.flatten() for part in y])
 
 
 def _with_h(results) -> tuple[Tensor, Tensor | None]:

@@ -17,10 +17,11 @@ from bench.record import missing
 class Layer:
     """A layer to call, and its trained factors in the op's order; the frozen layer has none.
 
+    call: may return several outputs, where the op has a flat one.
     apart: results that the library defines otherwise, so that nothing here can judge them.
     """
 
-    call: Callable[[Tensor], Tensor]
+    call: Callable[[Tensor], Tensor | tuple[Tensor, ...]]
     factors: tuple[nn.Parameter, ...] = ()
     apart: tuple[str, ...] = ()
 

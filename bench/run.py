@@ -62,11 +62,11 @@ def measure(
     if options.compile:
         layers |= peers.compiled(layers)
     backward_args = check.check(bench, args, layers)
-    trained = layers["lorakern"].factors
+    dy, trained = check.dy_of(bench, backward_args), layers["lorakern"].factors
     lost, where = check.lost_shares(bench, args), record.environment(device)
     rows = []
     for direction in bench.DIRECTIONS:
-        steps = _layer_steps(layers, args[0], backward_args[0], direction)
+        steps = _layer_steps(layers, args[0], dy, direction)
         steps |= _kernel_steps(bench, args, backward_args, direction)
         if options.backends:
             steps = {n: s for n, s in steps.items() if n in (*options.backends, bench.FLOOR)}
@@ -87,7 +87,7 @@ def measure(
                     direction=direction,
                     median_us=times.median * 1e6,
                     iqr_us=times.iqr * 1e6,
-                    gb_s=_traffic(args, backward_args, direction, trained) / times.median / 1e9,
+                    gb_s=_traffic(args, dy, direction, trained) / times.median / 1e9,
                     cost_over_frozen=times.over(taken[bench.FLOOR]),
                     cost_of_medians=times.median / taken[bench.FLOOR].median,
                     saved_bytes=_saved(layers[name], args) if name in layers else "",
@@ -131,7 +131,7 @@ def table(rows: list[record.Row], floor: str) -> str:
 
 
 def _layer_steps(
-    layers: dict[str, Layer], x: Tensor, dy: Tensor, direction: str
+    layers: dict[str, Layer], x: Tensor, dy: Tensor | list[Tensor], direction: str
 ) -> dict[str, Step]:
     x = x.detach().requires_grad_()
 
@@ -172,13 +172,13 @@ def _saved(layer: Layer, args: tuple) -> int:
     return usage.saved_bytes(lambda: layer.call(x), known)
 
 
-def _traffic(args: tuple, backward_args: tuple, direction: str, trained: tuple) -> int:
+def _traffic(args: tuple, dy: Tensor | list[Tensor], direction: str, trained: tuple) -> int:
     """Bytes of the inputs and results, each once; backward reads dy, gives dx and the trained."""
-    given, dy = tensors(args), backward_args[0]
-    forward = _bytes(given) + _bytes([dy])
+    given, outputs = tensors(args), tensors((dy,))
+    forward = _bytes(given) + _bytes(outputs)
     if direction != "fwd+bwd":
         return forward
-    return forward + _bytes([dy, *given]) + _bytes([args[0], *trained])
+    return forward + _bytes([*outputs, *given]) + _bytes([args[0], *trained])
 
 
 def _bytes(tensors: list[Tensor]) -> int:

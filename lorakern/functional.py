@@ -8,6 +8,7 @@ from lorakern.ops.kron_linear.op import kron_linear
 from lorakern.ops.lora_conv2d.op import lora_conv2d
 from lorakern.ops.lora_delta.op import lora_delta
 from lorakern.ops.lora_linear.op import lora_linear
+from lorakern.ops.lora_linear_shared.op import lora_linear_shared
 
 __all__ = [
     "decoupled_attention",
@@ -18,4 +19,5 @@ __all__ = [
     "lora_conv2d",
     "lora_delta",
     "lora_linear",
+    "lora_linear_shared",
 ]

@@ -67,4 +67,15 @@ LowRank<scalar_t> forward_product(const at::Tensor& x, const at::Tensor& weight,
           data_or_null<at::opmath_type<scalar_t>>(gain)};
 }
 
+// Few rows do not repay packing a large weight, and in backward, where torch packs it too, half as
+// many: then torch's own products, and the update added in place. Only where a sum is as wide as a
+// result, so that nothing is rounded in between.
+constexpr int64_t kFewRows = 256;
+constexpr int64_t kLargeWeight = 1 << 19;
+
+inline bool few_rows(const at::Tensor& x, int64_t M, int64_t weight_size) {
+  const bool wide = x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble;
+  return wide && M <= kFewRows && weight_size >= kLargeWeight;
+}
+
 }  // namespace lorakern

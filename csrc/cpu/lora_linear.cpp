@@ -14,6 +14,7 @@
 #include <torch/library.h>
 
 #include "../check.h"
+#include "factor_sums.h"
 #include "gain.h"
 #include "linear.h"
 
@@ -36,86 +37,19 @@ struct Forward : Block<scalar_t, kPairs> {
   }
 };
 
-// dx = a W + scale · t E, t = dy up, and the sums of ddown and dup, where a = gain ∘ dy
+// dx = a W + scale · t E, t = dy up, and the gradients of the factors, where a = gain ∘ dy
 template <typename scalar_t, bool kPairs>
 struct Backward : Block<scalar_t, kPairs> {
   using acc_t = at::opmath_type<scalar_t>;
-  const scalar_t *x, *h;
-  int64_t O, I, R;
   double scale;
-  // null where it is not wanted
-  scalar_t *ddown, *dup;
-  Rows rows_of;
-  acc_t* sums = nullptr;
-
-  int64_t ddown_size() const { return ddown ? R * padded<acc_t>(I) : 0; }
-  int64_t dup_size() const { return dup ? R * padded<acc_t>(O) : 0; }
-  int64_t factor_size() const { return rows_of.block * R; }
-  int64_t slot_size() const {
-    return ddown_size() + dup_size() + rows_of.block * kPanel<acc_t> + 2 * factor_size();
-  }
+  FactorSums<scalar_t, kPairs> factors;
 
   void visit(int64_t slot, int64_t row, int64_t count, const acc_t* a, acc_t* t) const {
     const int64_t Rp = padded<acc_t>(this->p.R);
-    const bool add = row > slot * rows_of.per_slot;
-    acc_t* const slot_sums = sums + slot * slot_size();
-    acc_t* const panel = slot_sums + ddown_size() + dup_size();
-    acc_t* const factor = panel + rows_of.block * kPanel<acc_t>;
     for (int64_t i = 0; i < count * Rp; ++i) t[i] *= static_cast<acc_t>(scale);
-    if (ddown) {
-      const acc_t* dh = t;
-      int64_t ld = Rp;
-      if constexpr (kPairs) {
-        auto* rounded = reinterpret_cast<scalar_t*>(factor + factor_size());
-        for (int64_t i = 0; i < count; ++i)
-          narrow<scalar_t, acc_t>(rounded + i * R, t + i * Rp, nullptr, R);
-        pack_row_pairs(factor, R, rounded, R, R, count);
-        dh = factor;
-        ld = R;
-      }
-      add_outer<kPairs>(slot_sums, add, dh, ld, R, x + row * I, I, count, panel);
-    }
-    if (!dup) return;
-    acc_t* const dup_sums = slot_sums + ddown_size();
-    if constexpr (kPairs) {
-      pack_row_pairs(factor, R, h + row * R, R, R, count);
-      add_outer<true>(dup_sums, add, factor, R, R, this->p.a + row * O, O, count, panel);
-    } else {
-      widen(factor, h + row * R, count * R);
-      add_outer<false>(dup_sums, add, factor, R, R, a, O, count, panel);
-    }
-  }
-
-  void run() {
-    at::Tensor scratch = at::empty({rows_of.slots * slot_size()},
-                                   this->p.options.dtype(c10::CppTypeToScalarType<acc_t>::value));
-    sums = scratch.template mutable_data_ptr<acc_t>();
-    block_product(*this, rows_of);
-    const auto total = [&](const acc_t* first) {
-      acc_t sum = 0;
-      for (int64_t slot = 0; slot < rows_of.slots; ++slot) sum += first[slot * slot_size()];
-      return sum;
-    };
-    for (int64_t r = 0; ddown && r < R; ++r)
-      for (int64_t i = 0; i < I; ++i)
-        ddown[r * I + i] = static_cast<scalar_t>(total(sums + r * padded<acc_t>(I) + i));
-    for (int64_t o = 0; dup && o < O; ++o)
-      for (int64_t r = 0; r < R; ++r)
-        dup[o * R + r] = static_cast<scalar_t>(
-            static_cast<acc_t>(scale) * total(sums + ddown_size() + r * padded<acc_t>(O) + o));
+    factors.add(slot, row, count, t, Rp, [&](size_t) { return a; });
   }
 };
-
-// Few rows do not repay packing a large weight, and in backward, where torch packs it too, half as
-// many: then torch's own products, and the update added in place. Only where a sum is as wide as a
-// result, so that nothing is rounded in between.
-constexpr int64_t kFewRows = 256;
-constexpr int64_t kLargeWeight = 1 << 19;
-
-bool few_rows(const at::Tensor& x, int64_t M, int64_t weight_size) {
-  const bool wide = x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble;
-  return wide && M <= kFewRows && weight_size >= kLargeWeight;
-}
 
 }  // namespace
 
@@ -221,13 +155,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_bwd_cpu(
     // a gain scales dy in float32
     with_pairs<scalar_t>(gain ? 1 : O, [&](auto pairs) {
       constexpr bool kPairs = pairs.value;
+      const Rows rows(M, kPairs ? O / 2 : O, sizeof(at::opmath_type<scalar_t>), M * O * I,
+                      kHeight<kPairs>);
       Backward<scalar_t, kPairs> op{
-          {p}, data<scalar_t>(x), data<scalar_t>(h), O, I, R, scale,
-          needs[1] ? ddown.mutable_data_ptr<scalar_t>() : nullptr,
-          needs[2] ? dup.mutable_data_ptr<scalar_t>() : nullptr,
-          Rows(M, kPairs ? O / 2 : O, sizeof(at::opmath_type<scalar_t>), M * O * I,
-               kHeight<kPairs>)};
-      op.run();
+          {p},
+          scale,
+          {{{O, R, 0, scale, data<scalar_t>(dy),
+             needs[1] ? ddown.mutable_data_ptr<scalar_t>() : nullptr,
+             needs[2] ? dup.mutable_data_ptr<scalar_t>() : nullptr}},
+           data<scalar_t>(x), data<scalar_t>(h), I, R, rows, x.options()}};
+      block_product(op, rows);
+      op.factors.write();
     });
   });
   return {dx, ddown, dup, dgain};

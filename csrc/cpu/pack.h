@@ -175,4 +175,16 @@ void pack_panel(acc_t* dst, const scalar_t* src, bool transposed, int64_t k, int
   }
 }
 
+// The right side of an update, [padded k, width]. kPairs: it meets split_pairs, so that each value
+// is there twice, and lanes beyond k are 0.
+template <bool kPairs, typename scalar_t, typename acc_t>
+void pack_update(acc_t* dst, const scalar_t* src, bool transposed, int64_t k, int64_t cols,
+                 int64_t first, int64_t width) {
+  pack_panel<false>(dst, src, transposed, k, cols, first, width);
+  if constexpr (kPairs) {
+    twice(dst, k * width);
+    std::fill(dst + k * width, dst + padded<acc_t>(k) * width, acc_t(0));
+  }
+}
+
 }  // namespace lorakern

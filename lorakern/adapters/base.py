@@ -60,6 +60,8 @@ class Adapter(nn.Module):
     algo: str
     factors: tuple[str, ...] = ()
     kinds: tuple[str, ...] = tuple(layers.KINDS)
+    # of siblings that read one input; see shared.py
+    _shared = None
 
     def __init__(
         self,

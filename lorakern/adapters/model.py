@@ -9,6 +9,7 @@ from torch import nn
 from lorakern.adapters import layers
 from lorakern.adapters import targets as choice
 from lorakern.adapters.base import ALGOS, Adapter
+from lorakern.adapters.shared import link
 
 
 def inject(
@@ -62,6 +63,7 @@ def inject(
         if id(parameter) not in factors:
             parameter.requires_grad_(False)
     _replace(model, {adapter.base: adapter for adapter in made.values()})
+    _link(model, made)
     return made
 
 
@@ -96,6 +98,7 @@ def attach(
     for parameter in adapter.root.parameters():
         parameter.requires_grad_(False)
     _replace(model, {layer: adapter})
+    link(parent)
     return adapter
 
 
@@ -119,7 +122,9 @@ def eject(model: nn.Module, name: str | None = None) -> None:
         ValueError: the model has no adapter, or none of that name.
     """
     swap: dict[nn.Module, nn.Module] = {}
+    paths = find(model, name)
     for outer in _outermost(model, name):
+        outer._shared = None
         outer.unmerge()
         keep = [a for a in reversed(outer.chain()) if name is not None and a.name != name]
         layer = outer.root
@@ -128,6 +133,7 @@ def eject(model: nn.Module, name: str | None = None) -> None:
             layer = adapter
         swap[outer] = layer
     _replace(model, swap)
+    _link(model, paths)
 
 
 def merge(model: nn.Module) -> None:
@@ -193,6 +199,12 @@ def _make(layer, path, algo, *, name, rank, alpha, options) -> Adapter:
         return ALGOS[algo](layer, name=name, rank=rank, alpha=alpha, **options)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _link(model: nn.Module, paths: Iterable[str]) -> None:
+    """Groups of siblings that share an input, anew where layers of these paths changed."""
+    for parent in {path.rpartition(".")[0] for path in paths}:
+        link(model.get_submodule(parent))
 
 
 def _adapters(model: nn.Module) -> list[Adapter]:

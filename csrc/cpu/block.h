@@ -1,0 +1,174 @@
+// What block_product (block_product.h) runs on: its operands, how rows are shared, and the Block that
+// says what is done with them.
+
+#pragma once
+
+#include <ATen/OpMathType.h>
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+
+#include "pack.h"
+
+namespace lorakern {
+
+// sizes of what is reused: packed columns in L3, rows of a in L2, depth of a pass over the panels
+constexpr int64_t kGroupBytes = 16 << 20;
+constexpr int64_t kBlockBytes = 384 << 10;
+constexpr int64_t kDepth = 2048;
+// multiply-adds below which a second thread costs more than it brings
+constexpr int64_t kSerial = 1 << 17;
+
+template <typename scalar_t>
+struct LowRank {
+  int64_t M, K, N, R;
+  const scalar_t *a, *wide, *shrink, *expand, *bias;
+  // transposed: wide is [N, K], shrink [R, K], expand [N, R]; else [K, N], [K, R], [R, N]
+  bool transposed;
+  scalar_t* out;
+  at::TensorOptions options;
+  // [N] in the sum's epilogue when transposed, else [K] on a; may be null
+  const at::opmath_type<scalar_t>* gain = nullptr;
+};
+
+// How M rows are shared: a slot is one thread's run of neighbouring rows, cut in blocks.
+struct Rows {
+  int64_t slots, per_slot, block;
+
+  // k: lanes of a row that are kept in cache; work: multiply-adds of the whole product
+  Rows(int64_t M, int64_t k, int64_t lane_bytes, int64_t work, int64_t height = kTileRows) {
+    const int64_t tiles = (M + kTileRows - 1) / kTileRows;
+    const int64_t threads = work < kSerial ? 1 : at::get_num_threads();
+    const int64_t runs = std::clamp<int64_t>(threads, 1, tiles);
+    per_slot = (M + runs - 1) / runs;
+    slots = (M + per_slot - 1) / per_slot;
+    const int64_t fit = kBlockBytes / (lane_bytes * std::clamp<int64_t>(k, 1, kDepth));
+    block = std::min(per_slot, std::max<int64_t>(fit / height, 1) * height);
+  }
+};
+
+template <typename acc_t>
+int64_t width_of(int64_t cols) {
+  return cols > kWidth<acc_t> ? kPanel<acc_t> : kWidth<acc_t>;
+}
+
+// Lanes of rows of a, `lda` apart, and the first lane of a panel that they meet.
+template <typename acc_t>
+struct Lanes {
+  int64_t from, depth;
+  const acc_t* a;
+  int64_t lda;
+};
+
+// What a product does with its operands and sums; a class derived from it hides what it does in
+// another way. acc_t lanes: see tile.h.
+template <typename scalar_t_, bool kPairs_>
+struct Block {
+  using scalar_t = scalar_t_;
+  using acc_t = at::opmath_type<scalar_t>;
+  static constexpr bool kPairs = kPairs_;
+  // start() gives each sum a first value
+  static constexpr bool kStarts = false;
+  // store() puts the sums into out and no more
+  static constexpr bool kPlainStore = true;
+  LowRank<scalar_t> p;
+
+  int64_t lanes() const { return kPairs ? p.K / 2 : p.K; }
+  // whether rows of a are multiplied where they lie
+  bool direct() const {
+    return (kPairs || std::is_same_v<scalar_t, acc_t>)&&(p.transposed || !p.gain);
+  }
+
+  // panel[lanes, width] of W from column `first`
+  void pack(acc_t* panel, int64_t first, int64_t width) const {
+    pack_panel<kPairs>(panel, p.wide, p.transposed, p.K, p.N, first, width);
+  }
+
+  // whether sums are made in out itself, of a block's whole panels
+  bool in_place() const {
+    return std::is_same_v<scalar_t, acc_t> && !(p.transposed && p.gain);
+  }
+
+  // rows of a in lanes; room for them when they are not direct
+  const acc_t* load(acc_t* room, int64_t row, int64_t rows) const {
+    if (direct()) return reinterpret_cast<const acc_t*>(p.a) + row * lanes();
+    widen(room, p.a + row * p.K, rows * p.K);
+    if (!p.transposed && p.gain) {
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t k = 0; k < p.K; ++k) room[i * p.K + k] *= p.gain[k];
+    }
+    return room;
+  }
+
+  // the lanes of a row of t
+  int64_t t_lanes() const { return padded<acc_t>(p.R); }
+  // S in panels: how many, and the i-th of them
+  int64_t shrinks() const { return (p.R + kPanel<acc_t> - 1) / kPanel<acc_t>; }
+  void pack_shrink(acc_t* shrink, int64_t i) const {
+    const int64_t first = i * kPanel<acc_t>;
+    pack_panel<kPairs>(shrink + first * lanes(), p.shrink, p.transposed, p.K, p.R, first,
+                       width_of<acc_t>(p.R - first));
+  }
+  // t[rows, t_lanes()] = a S
+  void shrink(acc_t* t, const acc_t* a, const acc_t* shrink, int64_t, int64_t rows) const {
+    for (int64_t r = 0; r < p.R; r += kPanel<acc_t>) {
+      const int64_t width = width_of<acc_t>(p.R - r);
+      multiply_panel<acc_t, kPairs, false>(t + r, t_lanes(), false, rows, width == kPanel<acc_t>,
+                                           {a, lanes(), shrink + r * lanes(), width, lanes()});
+    }
+  }
+
+  // the lanes of a column of E
+  int64_t expand_lanes() const { return kPairs ? padded<acc_t>(p.R) : p.R; }
+  // panel[expand_lanes(), width] of E from column `first`, and the product of t with it
+  void pack_expand(acc_t* panel, int64_t first, int64_t width) const {
+    pack_update<kPairs>(panel, p.expand, p.transposed, p.R, p.N, first, width);
+  }
+  Term<acc_t> update(const acc_t* t, const acc_t* panel, int64_t, int64_t width) const {
+    return {t, t_lanes(), panel, width, expand_lanes()};
+  }
+
+  // the passes over K, and the lanes of one: where they are in a panel and in rows of a
+  int64_t passes() const { return lanes() > kDepth ? (lanes() + kDepth - 1) / kDepth : 1; }
+  Lanes<acc_t> pass(int64_t i, const acc_t* a, int64_t, int64_t) const {
+    const int64_t from = i * kDepth, last = passes() - 1;
+    return {from, i == last ? lanes() - from : kDepth, a + from, lanes()};
+  }
+
+  // once a block, in order within a slot: t[rows, t_lanes()] = a S, which it may change
+  void visit(int64_t slot, int64_t row, int64_t rows, const acc_t* a, acc_t* t) {}
+
+  // sums[rows, ld]: all columns of a block
+  void start(int64_t slot, int64_t row, int64_t rows, acc_t* sums, int64_t ld) {}
+
+  // sums[rows, ld] of the `used` columns from col, finished
+  void store(int64_t slot, int64_t row, int64_t rows, int64_t col, int64_t used, acc_t* sums,
+             int64_t ld) {
+    if (static_cast<const void*>(sums) == p.out + row * p.N + col && !p.bias) return;
+    acc_t bias[kPanel<acc_t>];
+    if (p.bias) widen(bias, p.bias + col, used);
+    const acc_t* const gain = p.transposed && p.gain ? p.gain + col : nullptr;
+    for (int64_t i = 0; i < rows; ++i) {
+      acc_t* const sum = sums + i * ld;
+      if (gain)
+        for (int64_t j = 0; j < used; ++j) sum[j] *= gain[j];
+      narrow(p.out + (row + i) * p.N + col, sum, p.bias ? bias : nullptr, used);
+    }
+  }
+};
+
+// bfloat16 pairs are multiplied as they are when a row holds a whole number of them
+template <typename scalar_t, typename Run>
+void with_pairs(int64_t k, const Run& run) {
+  if constexpr (kHasPairs && std::is_same_v<scalar_t, at::BFloat16>) {
+    if (k % 2 == 0) return run(std::true_type{});
+  }
+  run(std::false_type{});
+}
+
+template <typename Op>
+Rows rows_of(const Op& op) {
+  return Rows(op.p.M, op.lanes(), sizeof(typename Op::acc_t), op.p.M * op.p.N * op.p.K,
+              kHeight<Op::kPairs>);
+}
+
+}  // namespace lorakern

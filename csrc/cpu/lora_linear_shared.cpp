@@ -1,0 +1,232 @@
+// lora_linear_shared on CPU. Spec: lorakern/ops/lora_linear_shared/reference.py
+//
+// One call of lora_linear a layer reads x once a layer, writes a dx each, and adds those up after they
+// were rounded. Here a block of rows of x, or of all dys, stays in cache for every layer
+// (shared_block.h): x is read and dx written once, and the layers add to one sum of dx.
+
+#include "lora_linear_shared.h"
+
+#include <ATen/Dispatch.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include "../check.h"
+#include "linear.h"
+#include "shared_block.h"
+
+namespace lorakern {
+namespace {
+
+// packed weights that go through forward together: what an L2 holds
+constexpr int64_t kTogetherBytes = 2 << 20;
+
+// whole panels of columns, so that the next layer starts with a panel of its own
+template <typename acc_t>
+int64_t whole_panels(int64_t columns) {
+  return (columns + kPanel<acc_t> - 1) / kPanel<acc_t> * kPanel<acc_t>;
+}
+
+// of the layers on average: they are packed one by one
+bool few_rows_of(const at::Tensor& x, int64_t M, const SharedLayers& layers) {
+  int64_t size = 0;
+  for (const at::Tensor& w : layers.weights) size += w.numel();
+  return few_rows(x, M, size / static_cast<int64_t>(layers.size()));
+}
+
+template <typename scalar_t>
+scalar_t* mutable_or_null(const at::Tensor& t) {
+  return t.defined() ? t.mutable_data_ptr<scalar_t>() : nullptr;
+}
+
+}  // namespace
+
+SharedLayers::SharedLayers(at::TensorList weights_,
+                           const c10::List<std::optional<at::Tensor>>& biases_,
+                           at::TensorList downs_, at::TensorList ups_,
+                           at::ArrayRef<double> scales_)
+    : scales(scales_.vec()) {
+  const size_t n = weights_.size();
+  TORCH_CHECK_VALUE(n > 0 && biases_.size() == n && downs_.size() == n && ups_.size() == n &&
+                        scales.size() == n,
+                    "want a weight, bias, down, up and scale for each of at least one layer, got ",
+                    n, ", ", biases_.size(), ", ", downs_.size(), ", ", ups_.size(), " and ",
+                    scales.size());
+  for (size_t j = 0; j < n; ++j) {
+    const std::optional<at::Tensor> bias = biases_.get(j);
+    weights.push_back(weights_[j].contiguous());
+    biases.push_back(bias ? bias->contiguous() : at::Tensor());
+    downs.push_back(downs_[j].contiguous());
+    ups.push_back(ups_[j].contiguous());
+  }
+}
+
+int64_t SharedLayers::ranks() const {
+  int64_t sum = 0;
+  for (const at::Tensor& down : downs) sum += down.size(0);
+  return sum;
+}
+
+void SharedLayers::check(const at::Tensor& x) const {
+  check_contiguous(x, "x");
+  const int64_t I = x.size(-1);
+  for (size_t j = 0; j < size(); ++j) {
+    const int64_t O = weights[j].size(0), R = downs[j].size(0);
+    check_shape(weights[j], "weight", {O, I});
+    check_shape(downs[j], "down", {R, I});
+    check_shape(ups[j], "up", {O, R});
+    for (const auto& [t, name] :
+         {std::pair{&weights[j], "weight"}, {&downs[j], "down"}, {&ups[j], "up"}})
+      check_like(*t, name, x);
+    if (!biases[j].defined()) continue;
+    check_shape(biases[j], "bias", {O});
+    check_like(biases[j], "bias", x);
+  }
+}
+
+at::Tensor rows_like(const at::Tensor& x, int64_t columns) {
+  auto sizes = x.sizes().vec();
+  sizes.back() = columns;
+  return at::empty(sizes, x.options());
+}
+
+void shared_forward(const at::Tensor& x, const SharedLayers& layers, std::vector<at::Tensor>& ys,
+                    at::Tensor& h) {
+  const int64_t I = x.size(-1), S = layers.ranks(), M = rows_in(h);
+  if (M == 0) return;
+  const at::AutoDispatchBelowADInplaceOrView below;
+  const at::Tensor down = at::cat(layers.downs);
+  if (few_rows_of(x, M, layers)) {
+    const at::Tensor x_MI = x.view({M, I});
+    at::Tensor h_MS = h.view({M, S});
+    at::mm_out(h_MS, x_MI, down.t());
+    for (size_t j = 0, first = 0; j < layers.size(); first += layers.downs[j++].size(0)) {
+      const at::Tensor w = layers.weights[j].t(), &b = layers.biases[j];
+      at::Tensor y_MO = ys[j].view({M, w.size(1)});
+      b.defined() ? at::addmm_out(y_MO, b, x_MI, w) : at::mm_out(y_MO, x_MI, w);
+      at::addmm_out(y_MO, y_MO, h_MS.narrow(1, first, layers.downs[j].size(0)), layers.ups[j].t(),
+                    1, layers.scales[j]);
+    }
+    return;
+  }
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "lora_linear", [&] {
+    SharedLayersOf<scalar_t> given;
+    int64_t col = 0, first = 0, columns = 0;
+    for (size_t j = 0; j < layers.size(); ++j) {
+      const int64_t O = layers.weights[j].size(0), R = layers.downs[j].size(0);
+      given.push_back({O, R, col, first, layers.scales[j], data<scalar_t>(layers.weights[j]),
+                       data<scalar_t>(layers.ups[j]), data_or_null<scalar_t>(layers.biases[j]),
+                       nullptr, ys[j].mutable_data_ptr<scalar_t>()});
+      columns = col + O;
+      col += whole_panels<at::opmath_type<scalar_t>>(O);
+      first += R;
+    }
+    with_pairs<scalar_t>(I, [&](auto pairs) {
+      const auto run = [&](const SharedLayersOf<scalar_t>& some, int64_t N, int64_t R,
+                           int64_t from) {
+        const LowRank<scalar_t> p{M, I, N, R, data<scalar_t>(x), nullptr,
+                                  data<scalar_t>(down) + from * I, nullptr, nullptr, true, nullptr,
+                                  x.options()};
+        SharedForward<scalar_t, pairs.value> op{{p}, some, h.mutable_data_ptr<scalar_t>() + from,
+                                                S};
+        const Rows rows = rows_of(op);
+        // Panels that do not stay in L2 together, or that meet one block of rows only, would push
+        // each other out.
+        const int64_t bytes = N * (op.lanes() + R) * sizeof(at::opmath_type<scalar_t>);
+        if (some.size() > 1 && (rows.block == rows.per_slot || bytes > kTogetherBytes))
+          return false;
+        block_product(op, rows);
+        return true;
+      };
+      if (run(given, columns, S, 0)) return;
+      for (SharedLayer<scalar_t> l : given) {
+        const int64_t from = l.first;
+        l.at = l.first = 0;
+        run({l}, l.O, l.R, from);
+      }
+    });
+  });
+}
+
+SharedGradients shared_backward(const at::Tensor& x, const at::Tensor& h,
+                                const std::vector<at::Tensor>& dys, const SharedLayers& layers,
+                                const std::vector<bool>& needs) {
+  const size_t n = layers.size();
+  const int64_t I = x.size(-1), S = layers.ranks(), M = rows_in(h);
+  SharedGradients grads;
+  const auto make = [&](bool need, at::IntArrayRef sizes) {
+    if (!need) return at::Tensor();
+    return M > 0 ? at::empty(sizes, x.options()) : at::zeros(sizes, x.options());
+  };
+  grads.dx = make(needs[0], x.sizes());
+  bool need_dh = needs[0];
+  for (size_t j = 0; j < n; ++j) {
+    grads.ddowns.push_back(make(needs[1 + j], layers.downs[j].sizes()));
+    grads.dups.push_back(make(needs[1 + n + j], layers.ups[j].sizes()));
+    need_dh = need_dh || needs[1 + j];
+  }
+  if (M == 0) return grads;
+  const at::AutoDispatchBelowADInplaceOrView below;
+  if (few_rows_of(x, M, layers) && M <= kFewRows / 2) {
+    const at::Tensor x_MI = x.view({M, I}), h_MS = h.view({M, S});
+    at::Tensor dx_MI = needs[0] ? grads.dx.view({M, I}) : at::Tensor();
+    for (size_t j = 0, first = 0; j < n; first += layers.downs[j++].size(0)) {
+      const at::Tensor dy_MO = dys[j].view({M, dys[j].size(-1)});
+      const bool need_dh_MR = needs[0] || needs[1 + j];
+      const at::Tensor dh_MR =
+          need_dh_MR ? at::mm(dy_MO, layers.ups[j]).mul_(layers.scales[j]) : at::Tensor();
+      if (needs[0]) {
+        j == 0 ? at::mm_out(dx_MI, dy_MO, layers.weights[j])
+               : at::addmm_out(dx_MI, dx_MI, dy_MO, layers.weights[j]);
+        at::addmm_out(dx_MI, dx_MI, dh_MR, layers.downs[j]);
+      }
+      if (needs[1 + j]) at::mm_out(grads.ddowns[j], dh_MR.t(), x_MI);
+      if (needs[1 + n + j])
+        at::mm_out(grads.dups[j], dy_MO.t(), h_MS.narrow(1, first, layers.downs[j].size(0)))
+            .mul_(layers.scales[j]);
+    }
+    return grads;
+  }
+  const at::Tensor down = at::cat(layers.downs);
+  bool even = true;
+  for (const at::Tensor& w : layers.weights) even = even && w.size(0) % 2 == 0;
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "lora_linear", [&] {
+    with_pairs<scalar_t>(even ? 2 : 1, [&](auto pairs) {
+      constexpr bool kPairs = pairs.value;
+      using Op = SharedBackward<scalar_t, kPairs>;
+      SharedLayersOf<scalar_t> given;
+      std::vector<Factors<scalar_t>> factors;
+      std::vector<std::pair<size_t, int64_t>> passes;
+      int64_t K = 0, lane = 0, first = 0;
+      for (size_t j = 0; j < n; ++j) {
+        const int64_t O = layers.weights[j].size(0), R = layers.downs[j].size(0);
+        const scalar_t* const dy = data<scalar_t>(dys[j]);
+        given.push_back({O, R, lane, first, layers.scales[j], data<scalar_t>(layers.weights[j]),
+                         data<scalar_t>(layers.ups[j]), nullptr, dy, nullptr});
+        factors.push_back({O, R, first, layers.scales[j], dy,
+                           mutable_or_null<scalar_t>(grads.ddowns[j]),
+                           mutable_or_null<scalar_t>(grads.dups[j])});
+        for (int64_t from = 0; from < Op::lanes_of(given[j]); from += kDepth)
+          passes.emplace_back(j, from);
+        K += O;
+        lane += Op::lanes_of(given[j]);
+        first += R;
+      }
+      const LowRank<scalar_t> p{M, K, needs[0] ? I : 0, need_dh ? S : 0, nullptr, nullptr, nullptr,
+                                data<scalar_t>(down), nullptr, false,
+                                needs[0] ? grads.dx.mutable_data_ptr<scalar_t>() : nullptr,
+                                x.options()};
+      const Rows rows(M, lane, sizeof(at::opmath_type<scalar_t>), M * K * I, kHeight<kPairs>);
+      Op op{{p}, given,
+            {std::move(factors), data<scalar_t>(x), data<scalar_t>(h), I, S, rows, x.options()},
+            std::move(passes)};
+      block_product(op, rows);
+      op.factors.write();
+    });
+  });
+  return grads;
+}
+
+}  // namespace lorakern
