@@ -42,6 +42,45 @@ struct Product : Block<scalar_t_, false> {
   }
 };
 
+#if defined(LORAKERN_AMX)
+// The same where tiles multiply bfloat16 alone: each W + ΔW in float32 is the sum of three of them,
+// and a row of a meets the panels of all three.
+struct TileProduct : Block<at::BFloat16, true> {
+  using Base = Block<at::BFloat16, true>;
+  static constexpr int64_t kParts = 3;
+  const Product<at::BFloat16> wide;
+
+  explicit TileProduct(const Product<at::BFloat16>& wide) : Base{wide.p}, wide(wide) {}
+
+  int64_t lanes() const { return kParts * Base::lanes(); }
+  void pack(float* panel, int64_t first, int64_t width) const {
+    std::vector<float> sums(p.K * width);
+    wide.pack(sums.data(), first, width);
+    for (int part = 0; part < kParts; ++part, panel += Base::lanes() * width)
+      take_row_pairs(panel, sums.data(), width, p.K);
+  }
+  int64_t passes() const { return kParts * Base::passes(); }
+  Lanes<float> pass(int64_t i, const float* a, int64_t row, int64_t rows) const {
+    Lanes<float> lanes = Base::pass(i % Base::passes(), a, row, rows);
+    lanes.from += i / Base::passes() * Base::lanes();
+    return lanes;
+  }
+};
+#endif
+
+// The product with W + ΔW, by the way that suits it: run(op).
+template <typename scalar_t, typename Run>
+void with_product(const LowRank<scalar_t>& p, const Hadamard<at::opmath_type<scalar_t>>& h,
+                  const Run& run) {
+  Product<scalar_t> op{{p}, h};
+#if defined(LORAKERN_AMX)
+  if constexpr (std::is_same_v<scalar_t, at::BFloat16>) {
+    if (p.K % 2 == 0 && (p.transposed || !p.gain) && amx::ready()) return run(TileProduct(op));
+  }
+#endif
+  run(op);
+}
+
 // The update as one low-rank product, up [O, R·S] down [R·S, I], and its gradients' way back.
 struct KhatriRao {
   const at::Tensor &down1, &up1, &down2, &up2;
@@ -113,8 +152,8 @@ at::Tensor hada_linear_fwd_cpu(const at::Tensor& x, const at::Tensor& weight,
   if (y.numel() == 0) return y;
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "hada_linear", [&] {
     const auto h = hadamard<scalar_t>(down1, up1, down2, up2, scale);
-    Product<scalar_t> op{{forward_product<scalar_t>(x, w, b, {}, {}, y, g)}, h};
-    block_product(op, rows_of(op));
+    with_product(forward_product<scalar_t>(x, w, b, {}, {}, y, g), h,
+                 [](auto op) { block_product(op, rows_of(op)); });
   });
   return y;
 }
@@ -151,15 +190,16 @@ SixTensors hada_linear_bwd_cpu(const at::Tensor& dy, const at::Tensor& x, const 
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "hada_linear", [&] {
     const auto h = hadamard<scalar_t>(down1, up1, down2, up2, scale);
     if (needs[5] && M > 0) {
-      gain_gradient(Product<scalar_t>{{forward_product<scalar_t>(x, w, {}, {}, {}, {}, {})}, h},
-                    data<scalar_t>(dy), dgain.mutable_data_ptr<at::opmath_type<scalar_t>>());
+      with_product(forward_product<scalar_t>(x, w, {}, {}, {}, {}, {}), h, [&](const auto& op) {
+        gain_gradient(op, data<scalar_t>(dy),
+                      dgain.mutable_data_ptr<at::opmath_type<scalar_t>>());
+      });
     }
     if (needs[0] && M > 0) {
       const LowRank<scalar_t> p{M, O, I, 0, data<scalar_t>(dy), data<scalar_t>(w), nullptr,
                                 nullptr, nullptr, false, dx.mutable_data_ptr<scalar_t>(),
                                 x.options(), data_or_null<at::opmath_type<scalar_t>>(g)};
-      Product<scalar_t> op{{p}, h};
-      block_product(op, rows_of(op));
+      with_product(p, h, [](auto op) { block_product(op, rows_of(op)); });
     }
     const bool none = M == 0 || !(needs[1] || needs[2] || needs[3] || needs[4]);
     const Tiles tiles(O, I);

@@ -126,6 +126,27 @@ inline void split_pairs(float* lanes, int64_t n) {
 #endif
 }
 
+// dst[k / 2, width] of pairs of what is nearest to sums[k, width] in bfloat16, which is taken off sums
+inline void take_row_pairs(float* dst, float* sums, int64_t width, int64_t k) {
+#if defined(__AVX512BF16__) && defined(CPU_CAPABILITY_AVX512)
+  const auto take = [](float* from) {
+    const __m512 value = _mm512_loadu_ps(from);
+    const __m512i near =
+        _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value)));
+    const __m512 taken = _mm512_castsi512_ps(_mm512_slli_epi32(near, 16));
+    const __mmask16 finite = ~_mm512_fpclass_ps_mask(taken, 0x18);
+    _mm512_storeu_ps(from, _mm512_maskz_sub_ps(finite, value, taken));
+    return near;
+  };
+  for (int64_t j = 0; j < k; j += 2)
+    for (int64_t c = 0; c < width; c += 16) {
+      const __m512i even = take(sums + j * width + c), odd = take(sums + (j + 1) * width + c);
+      _mm512_storeu_si512(dst + j / 2 * width + c,
+                          _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+    }
+#endif
+}
+
 // the other side of split_pairs: float32 lanes that hold a bfloat16 hold it twice
 inline void twice(float* lanes, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
