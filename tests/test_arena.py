@@ -14,7 +14,8 @@ from bench.usage import aten_calls
 from lorakern import FlatAdamW
 from lorakern import run as runs
 from lorakern.adapters import ALGOS, attach, eject, parameter_groups
-from lorakern.arena import ROW, Average
+from lorakern.arena import ROW
+from lorakern.average import Average
 
 
 def model_of(algo="lora", **options):
