@@ -32,6 +32,11 @@ def _kernels(device: str) -> tuple[Callable, Callable] | None:
     return None
 
 
+def gathers(device: torch.device) -> bool:
+    """Whether float32 factors there are stepped over a flat gradient, not where theirs lie."""
+    return device.type != "cpu" or _kernels("cpu") is None
+
+
 class _Flat:
     """Factors of one group, device and dtype: the buffer and, when asked for, its gradient."""
 
@@ -325,13 +330,13 @@ class FlatAdamW(torch.optim.AdamW):
         elif math.isfinite(largest) and not (norm.is_cpu and norm + 1e-6 <= largest):
             nn.utils.clip_grads_with_norm_(self.flats, largest, norm)
         self.skipped = 1 - norm.isfinite().float()
-        fused = all(group["fused"] for group in self.param_groups)
-        if getattr(self, "found_inf", None) is not None:
-            _torch_step(self)
-        elif fused:
+        if all(group["fused"] for group in self.param_groups):
+            scaler_s = getattr(self, "found_inf", None)
+            if scaler_s is not None:
+                self.skipped = torch.maximum(self.skipped, scaler_s.to(self.skipped))
             self.found_inf = self.skipped
             _torch_step(self)
-            del self.found_inf
+            self.found_inf = scaler_s
         elif not self.skipped:
             _torch_step(self)
         for i in stepped if self.average else ():

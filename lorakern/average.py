@@ -32,6 +32,7 @@ class Average:
 
     def follow(self, i: int, step: Tensor, made: Tensor) -> None:
         """Update of the i-th tensor alone, by scalars: steps made, and 1, or 0 to leave it."""
+        step = step.double()
         keep = ((1 + step) / (10 + step)).clamp(max=self.memory)
         self.values[i].lerp_(self.tensors[i], ((1 - keep) * made).to(self.values[i]))
 
