@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lorakern import backend, checkpoint, data, diffusion, methods, models
+from lorakern.arena import gathers
 from lorakern.config import Config
 from lorakern.data import Bad
 from lorakern.devices import autocast, bf16, device_of
@@ -37,7 +38,8 @@ class Plan:
     about, trained: what trains in words, and its parameters.
     weights: of the parts that stay in memory while training.
     factors: of what trains, its gradients not included.
-    optimizer: three float32 numbers a parameter, as FlatAdamW has them, and one of an average.
+    optimizer: as FlatAdamW has them, two float32 moments a parameter, where it gathers a flat
+        gradient, and one of an average.
     step: what one step adds at its peak: activations, gradients and temporaries.
     start: the step a resumed run would begin at.
     """
@@ -157,13 +159,14 @@ def _measure(method: Method, base: models.Base, size: tuple[int, int]) -> dict[s
         stay |= {"vae": base.vae, **base.text_encoders}
     factors = [p for m in trained.values() for p in m.parameters() if p.requires_grad]
     frozen = [p for m in stay.values() for p in m.parameters() if not p.requires_grad]
+    numbers = 2 + gathers(device_of(config.device)) + bool(config.optimizer.average)
     return {
         "about": method.about(),
         "writes": method.paths(),
         "trained": sum(p.numel() for p in factors),
         "weights": sum(map(_bytes, frozen)),
         "factors": sum(map(_bytes, factors)),
-        "optimizer": (3 + bool(config.optimizer.average)) * sum(4 * p.numel() for p in factors),
+        "optimizer": numbers * sum(4 * p.numel() for p in factors),
         "step": peak.most,
     }
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import lorakern
 from lorakern import cache, checkpoint, data, diffusion, methods, models
-from lorakern.arena import Average, FlatAdamW
+from lorakern.arena import FlatAdamW
+from lorakern.average import Average
 from lorakern.config import Config
 from lorakern.devices import autocast, bf16, device_of
 from lorakern.methods.base import Method
@@ -148,7 +149,7 @@ class Run:
             if finite:
                 self.optimizer.step()
                 self.method.after_update()
-                if self.average is not None:
+                if self.average is not None and not _averages(self.optimizer):
                     self.average.update(self.step + 1)
             else:
                 warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler.step\(\)`")
@@ -257,8 +258,18 @@ def _optimizer(config: Config, groups: list[dict]) -> torch.optim.Optimizer:
 def _average(config: Config, optimizer, factors: list[Tensor]) -> Average | None:
     if not config.optimizer.average:
         return None
-    tensors = optimizer.flats if isinstance(optimizer, FlatAdamW) else factors
-    return Average(factors, tensors, config.optimizer.average)
+    flat = isinstance(optimizer, FlatAdamW)
+    tensors = optimizer.flats if flat else factors
+    average = Average(factors, tensors, config.optimizer.average)
+    # weights that are brought down after the step are averaged after that
+    if flat and config.optimizer.max_norm is None:
+        optimizer.average = average
+    return average
+
+
+def _averages(optimizer) -> bool:
+    """Whether the optimizer's own step keeps the average."""
+    return isinstance(optimizer, FlatAdamW) and optimizer.average is not None
 
 
 def _named_class(name: str) -> type:

@@ -37,6 +37,14 @@ def device(request):
     return torch.device(request.config.getoption("--device"))
 
 
+@pytest.fixture(scope="session")
+def cuda_host(tmp_path_factory):
+    """The CUDA launchers on the host, compiled once a session."""
+    import cuda_aot
+
+    return cuda_aot.host_library(tmp_path_factory.mktemp("cuda_host"))
+
+
 @pytest.fixture(autouse=True)
 def _seed_and_poison():
     torch.manual_seed(0)

@@ -101,12 +101,7 @@ def usages(header: str, kernels: list[str], folder: Path) -> dict[int, list[Usag
         kernels: instantiations, "hada_delta_fwd_kernel<float, float>"; half and bfloat16 are
             __half and __nv_bfloat16.
     """
-    source = folder / "kernels.cu"
-    table = ", ".join(f"(void*)lorakern::{kernel}" for kernel in kernels)
-    source.write_text(
-        f'#include <cuda_bf16.h>\n#include <cuda_fp16.h>\n#include "cuda/{header}"\n'
-        f"void* kernels[] = {{{table}}};\n"
-    )
+    source = _source(header, kernels, folder)
     chips = [f"-gencode=arch=compute_{chip},code=sm_{chip}" for chip in CHIPS]
     command = [nvcc(), "-std=c++20", "-O3", "-Xptxas", "-v", "--threads", "0", *chips]
     command += [f"-I{ROOT / 'csrc'}", "-c", str(source), "-o", str(folder / "kernels.o")]
@@ -124,6 +119,28 @@ def usages(header: str, kernels: list[str], folder: Path) -> dict[int, list[Usag
         registers = int(re.search(r"Used (\d+) registers", entry)[1])
         found[int(chip)].append(Usage(name, registers, stack, stores + loads))
     return found
+
+
+def ptx(header: str, kernel: str, folder: Path, chip: int) -> str:
+    """The PTX of a kernel for a chip; arguments as for `usages`."""
+    source = _source(header, [kernel], folder)
+    made = folder / "kernels.ptx"
+    command = [nvcc(), "-std=c++20", "-O3", f"-arch=compute_{chip}", f"-I{ROOT / 'csrc'}", "-ptx"]
+    done = subprocess.run([*command, source, "-o", made], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    entries = made.read_text().split(".entry ")[1:]
+    (found,) = (e for e in entries if kernel.partition("<")[0] in e.partition("(")[0])
+    return found
+
+
+def _source(header: str, kernels: list[str], folder: Path) -> Path:
+    source = folder / "kernels.cu"
+    table = ", ".join(f"(void*)lorakern::{kernel}" for kernel in kernels)
+    source.write_text(
+        f'#include <cuda_bf16.h>\n#include <cuda_fp16.h>\n#include "cuda/{header}"\n'
+        f"void* kernels[] = {{{table}}};\n"
+    )
+    return source
 
 
 def _tuple(results) -> tuple:

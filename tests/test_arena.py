@@ -14,7 +14,8 @@ from bench.usage import aten_calls
 from lorakern import FlatAdamW
 from lorakern import run as runs
 from lorakern.adapters import ALGOS, attach, eject, parameter_groups
-from lorakern.arena import ROW, Average
+from lorakern.arena import ROW, gathers
+from lorakern.average import Average
 
 
 def model_of(algo="lora", **options):
@@ -153,6 +154,105 @@ def test_a_factor_without_gradient():
     first.grad = None
     want = nn.utils.get_total_norm([p.grad for p in rest])
     torch.testing.assert_close(optimizer.clip(math.inf), want)
+
+
+# each with its own passes: the extension's, and torch's with and without fused
+WAYS = {
+    "kernels": (torch.float32, {}),
+    "float64": (torch.float64, {}),
+    "bfloat16": (torch.bfloat16, {}),
+    "amsgrad": (torch.float32, {"amsgrad": True}),
+    "not fused": (torch.float32, {"fused": False}),
+}
+
+
+@pytest.mark.parametrize("dtype, options", WAYS.values(), ids=WAYS)
+def test_every_way_clips_averages_and_leaves_out_what_is_not_finite(dtype, options):
+    mine, theirs = (
+        [nn.Parameter(torch.arange(1, n + 1, dtype=dtype) / n) for n in (5, 40)] for _ in range(2)
+    )
+    flat = FlatAdamW(mine, lr=1e-2, zero=True, **options)
+    own = torch.optim.AdamW(theirs, lr=1e-2, **{"fused": True, **options})
+    flat.average = Average(mine, flat.flats, 0.4)
+    values = [p.detach().double().clone() for p in theirs]
+
+    def step(optimizer, params, clip, first=1.0):
+        grads = [torch.sin(torch.arange(p.numel()) + count).to(dtype) for p in params]
+        for p, grad in zip(params, grads, strict=True):
+            p.grad = grad
+        params[0].grad[0] *= first
+        clip()
+        optimizer.step()
+
+    for count in range(1, 6):
+        step(flat, mine, lambda: (flat.clip(2.0), flat.clip(0.3), flat.clip(5.0)))
+        step(own, theirs, lambda: nn.utils.clip_grad_norm_(theirs, 0.3))
+        assert flat.skipped == 0 and not any(p.grad.any() for p in mine)
+        keep = min(0.4, (1 + count) / (10 + count))
+        values = [keep * a + (1 - keep) * p.double() for a, p in zip(values, theirs, strict=True)]
+        before = copy.deepcopy(mine)
+        step(flat, mine, lambda: flat.clip(0.3), first=math.nan)
+        assert flat.skipped == 1 and not any(p.grad.any() for p in mine)
+        torch.testing.assert_close(mine, before, rtol=0, atol=0)
+    torch.testing.assert_close(mine, theirs)
+    (state,) = flat.state.values()
+    assert state["step"] == 5
+    with flat.average.shown():
+        torch.testing.assert_close([p.detach() for p in mine], [v.to(dtype) for v in values])
+
+
+def test_gradients_of_any_layout_are_read_where_they_lie():
+    model, alone = model_of(), model_of()
+    flat, own = FlatAdamW(trained(model), lr=1e-2, zero=True), torch.optim.AdamW(trained(alone))
+    own.param_groups[0]["lr"] = 1e-2
+    for m in (model, alone):
+        backward(m)
+        for p in trained(m):
+            p.grad = p.grad.mT.contiguous().mT
+    kept = [p.grad for p in trained(model)]
+    assert not kept[0].is_contiguous()
+    flat.step()
+    own.step()
+    torch.testing.assert_close(trained(model), trained(alone))
+    if not gathers(torch.device("cpu")):
+        assert all(p.grad is grad for p, grad in zip(trained(model), kept, strict=True))
+    assert not any(p.grad.any() for p in trained(model))
+
+
+def test_states_are_torch_s_and_go_on_in_either():
+    whole, parts = model_of(), model_of()
+    first, second = FlatAdamW(trained(whole), lr=1e-2), FlatAdamW(trained(parts), lr=1e-2)
+    steps(whole, first, lambda: first.clip(1.0), 2)
+    steps(parts, second, lambda: second.clip(1.0), 2)
+    state = second.state_dict()
+    assert state["state"][0].keys() == {"step", "exp_avg", "exp_avg_sq"}
+    # torch's own passes go on from what the kernels left, and these from that
+    other = FlatAdamW(trained(parts), lr=1e-2, fused=False)
+    other.load_state_dict(state | {"param_groups": other.state_dict()["param_groups"]})
+    steps(parts, other, lambda: other.clip(1.0), 2)
+    third = FlatAdamW(trained(parts), lr=1e-2)
+    third.load_state_dict(other.state_dict() | {"param_groups": state["param_groups"]})
+    for optimizer, model in ((first, whole), (first, whole), (third, parts)):
+        steps(model, optimizer, lambda o=optimizer: o.clip(1.0), 2)
+    torch.testing.assert_close(trained(whole), trained(parts))
+
+
+def test_a_grad_scaler_s_step_that_overflows_is_left_out():
+    model = model_of()
+    optimizer, scaler = FlatAdamW(trained(model)), torch.amp.GradScaler("cpu")
+    optimizer.average = Average(trained(model), optimizer.flats, 0.5)
+    before, scale = copy.deepcopy(trained(model)), scaler.scale(torch.ones(())).item()
+    for bad in (True, False):
+        backward(model)
+        for p in trained(model):
+            p.grad.mul_(math.inf if bad else scale)
+        optimizer.gather()
+        scaler.step(optimizer)
+        assert optimizer.skipped == bad
+        unmoved = [torch.equal(p, b) for p, b in zip(trained(model), before, strict=True)]
+        assert all(unmoved) if bad else not any(unmoved)
+        optimizer.zero_grad()
+        scaler.update(scale)
 
 
 def test_copies_state_dicts_and_eject_see_plain_factors():
