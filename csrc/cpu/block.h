@@ -167,7 +167,8 @@ void with_pairs(int64_t k, const Run& run) {
 
 template <typename Op>
 Rows rows_of(const Op& op) {
-  return Rows(op.p.M, op.lanes(), sizeof(typename Op::acc_t), op.p.M * op.p.N * op.p.K,
+  const int64_t lanes = Op::kPairs ? op.p.K / 2 : op.p.K;
+  return Rows(op.p.M, lanes, sizeof(typename Op::acc_t), op.p.M * op.p.N * op.p.K,
               kHeight<Op::kPairs>);
 }
 
