@@ -69,13 +69,18 @@ LowRank<scalar_t> forward_product(const at::Tensor& x, const at::Tensor& weight,
 
 // Few rows do not repay packing a large weight, and in backward, where torch packs it too, half as
 // many: then torch's own products, and the update added in place. Only where a sum is as wide as a
-// result, so that nothing is rounded in between.
-constexpr int64_t kFewRows = 256;
-constexpr int64_t kLargeWeight = 1 << 19;
+// result, so that nothing is rounded in between. On cores with AMX, which are Intel's, torch's
+// product is the faster one of weights that are not small, up to rows whose second pass costs more.
+#if defined(LORAKERN_AMX)
+constexpr int64_t kFewRows = 1024, kFewRowsBackward = 1024, kLargeWeight = 1 << 17;
+#else
+constexpr int64_t kFewRows = 256, kFewRowsBackward = 128, kLargeWeight = 1 << 19;
+#endif
 
-inline bool few_rows(const at::Tensor& x, int64_t M, int64_t weight_size) {
+inline bool few_rows(const at::Tensor& x, int64_t M, int64_t weight_size,
+                     int64_t few = kFewRows) {
   const bool wide = x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble;
-  return wide && M <= kFewRows && weight_size >= kLargeWeight;
+  return wide && M <= few && weight_size >= kLargeWeight;
 }
 
 }  // namespace lorakern

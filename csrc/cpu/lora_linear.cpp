@@ -122,7 +122,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_bwd_cpu(
              dup = make(need_dup, u.sizes()),
              dgain = at::zeros({need_dgain ? O : 0}, gain ? gain->options() : x.options());
   if (M == 0) return {dx, ddown, dup, dgain};
-  if (!gain && few_rows(dy, M, O * I) && M <= kFewRows / 2) {
+  if (!gain && few_rows(dy, M, O * I, kFewRowsBackward)) {
     const at::AutoDispatchBelowADInplaceOrView below;
     const at::Tensor dy_MO = dy.view({M, O}), x_MI = x.view({M, I}), h_MR = h.view({M, R});
     at::Tensor dh_MR;

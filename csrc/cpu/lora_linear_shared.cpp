@@ -30,10 +30,11 @@ int64_t whole_panels(int64_t columns) {
 }
 
 // of the layers on average: they are packed one by one
-bool few_rows_of(const at::Tensor& x, int64_t M, const SharedLayers& layers) {
+bool few_rows_of(const at::Tensor& x, int64_t M, const SharedLayers& layers,
+                 int64_t few = kFewRows) {
   int64_t size = 0;
   for (const at::Tensor& w : layers.weights) size += w.numel();
-  return few_rows(x, M, size / static_cast<int64_t>(layers.size()));
+  return few_rows(x, M, size / static_cast<int64_t>(layers.size()), few);
 }
 
 template <typename scalar_t>
@@ -169,7 +170,7 @@ SharedGradients shared_backward(const at::Tensor& x, const at::Tensor& h,
   }
   if (M == 0) return grads;
   const at::AutoDispatchBelowADInplaceOrView below;
-  if (few_rows_of(x, M, layers) && M <= kFewRows / 2) {
+  if (few_rows_of(x, M, layers, kFewRowsBackward)) {
     const at::Tensor x_MI = x.view({M, I}), h_MS = h.view({M, S});
     at::Tensor dx_MI = needs[0] ? grads.dx.view({M, I}) : at::Tensor();
     for (size_t j = 0, first = 0; j < n; first += layers.downs[j++].size(0)) {
