@@ -44,6 +44,7 @@ BENCHES = {
     "train_step of sd15": (12, ["--size", "64", "--batch", "4"], []),
     "dora": (4, [], ["--case", "O320 I768 M77"]),
     "lora_conv2d": (4, [], ["--case", "K1"]),
+    "lora_linear_shared": (3, ["--case", "L3"], ["--case", "L2 O320"]),
     "overhead": (2, [], []),
     "unet_call of sd15": (4, ["--size", "64", "--images", "16"], ["--images", "16"]),
     "train_step of sdxl": (10, ["--size", "128", "--checkpointing"], ["--checkpointing"]),

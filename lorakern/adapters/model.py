@@ -203,8 +203,10 @@ def _make(layer, path, algo, *, name, rank, alpha, options) -> Adapter:
 
 def _link(model: nn.Module, paths: Iterable[str]) -> None:
     """Groups of siblings that share an input, anew where layers of these paths changed."""
+    # not get_submodule, which takes a layer called `to` for the method
+    modules = dict(model.named_modules(remove_duplicate=False))
     for parent in {path.rpartition(".")[0] for path in paths}:
-        link(model.get_submodule(parent))
+        link(modules[parent])
 
 
 def _adapters(model: nn.Module) -> list[Adapter]:
