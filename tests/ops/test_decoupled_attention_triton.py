@@ -103,14 +103,14 @@ def cubins():
 
 @pytest.mark.parametrize("case", CUBINS, ids=lambda c: "-".join(name(v) for v in c))
 def test_compiles_without_spills(case, cubins):
-    from triton_aot import SHARED
+    from triton_aot import SHARED, STACK
 
     capability, dtype = case[:2]
     found = cubins[case].result()
     for usage in found:
         print(f"sm_{capability} {name(dtype)} {usage}")
     for usage in found:
-        assert usage.local == usage.stack == 0, usage
+        assert usage.local == 0 and usage.stack <= STACK, usage
         assert usage.shared <= SHARED[capability], usage
         # float32 sums in float32: no matrix instruction does that
         assert (usage.instruction == "") == (dtype == torch.float32), usage

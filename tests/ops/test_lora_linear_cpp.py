@@ -33,7 +33,7 @@ def threads():
 
 
 # more rows than threads take, a last tile of one row, two depths of pass, a narrow last panel
-SHAPES = [(333, 70, 50, 5), (57, 2100, 33, 17), (15, 33, 2070, 129), (1, 8, 8, 16)]
+SHAPES = [(333, 70, 50, 5), (57, 2100, 33, 17), (15, 33, 2070, 129), (1, 8, 72, 16)]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
