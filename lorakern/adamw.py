@@ -1,7 +1,7 @@
 """Spec of a clipped step of AdamW: what csrc/adamw.h and the kernels over it compute, in torch.
 
 AdamW, Loshchilov & Hutter 2017, arXiv:1711.05101, as torch.optim.AdamW has it, after
-torch.nn.utils.clip_grad_norm_; the average is that of lorakern.arena.Average.
+torch.nn.utils.clip_grad_norm_; the average is that of lorakern.average.Average.
 """
 
 import torch
