@@ -3,9 +3,14 @@
 // A tile is up to 16 rows of 16 lanes: 16 sums in float32, or 16 pairs that one instruction
 // multiplies and adds to them. Sums stay in tiles 0-3 for all of k: two tiles of rows by two of
 // columns, the left operand in 4 and 5, the right in 6 and 7. Panels are laid out as tile.h has
-// them, for a panel's rows of pairs are what the right operand wants.
+// them, for a panel's rows of pairs are what the right operand wants. The lanes of k that do not
+// fill a tile, its tail, are copied among zeros on both sides.
 
 #pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
 
 #include "../vec.h"
 
@@ -62,41 +67,85 @@ class Shapes {
   int upper_ = 0, lower_ = 0;
 };
 
-// square[rows, 16] = 16 lanes of k of `rows` rows of a column-major operand
-inline void turn(float* square, const float* a, int64_t lda, int rows) {
-  if (rows == kSide) return at::vec::transpose_mxn<float, kSide, kSide>(a, lda, square, kSide);
-  for (int k = 0; k < kSide; ++k)
-    for (int i = 0; i < rows; ++i) square[i * kSide + k] = a[k * lda + i];
+// to[16 or fewer rows, 16] = from[rows, lanes] and zeros beyond them
+inline void copy_lanes(float* to, int64_t to_ld, const float* from, int64_t ld, int64_t rows,
+                       int64_t lanes) {
+  const auto some = static_cast<__mmask16>((1u << lanes) - 1);
+  for (int64_t i = 0; i < rows; ++i)
+    _mm512_storeu_ps(to + i * to_ld, _mm512_maskz_loadu_ps(some, from + i * ld));
+}
+
+// square[rows, 16] = `lanes` lanes of k of `rows` rows of a column-major operand
+inline void turn(float* square, const float* a, int64_t lda, int rows, int64_t lanes) {
+  if (rows == kSide && lanes == kSide)
+    return at::vec::transpose_mxn<float, kSide, kSide>(a, lda, square, kSide);
+  alignas(64) float lines[kSide * kSide] = {};
+  copy_lanes(lines, kSide, a, lda, lanes, rows);
+  at::vec::transpose_mxn<float, kSide, kSide>(lines, kSide, square, kSide);
+}
+
+// The last lanes of k of a panel of the right operand, with zeros below.
+class Tail {
+ public:
+  static constexpr int64_t kLanes = 2 * kSide;
+
+  template <typename Term>
+  Tail(const Term& term, bool wide) : lanes(term.k % kSide) {
+    if (lanes == 0) return;
+    const float* const from = term.b + (term.k - lanes) * term.ldb;
+    for (int64_t half = 0; half <= int64_t(wide); ++half) {
+      copy_lanes(rows + half * kSide, kLanes, from + half * kSide, term.ldb, lanes, kSide);
+      for (int64_t k = lanes; k < kSide; ++k)
+        _mm512_storeu_ps(rows + k * kLanes + half * kSide, _mm512_setzero_ps());
+    }
+  }
+
+  int64_t lanes;
+  alignas(64) float rows[kSide * kLanes];
+};
+
+// sums += a b over `lanes` lanes of k
+template <bool kColumnMajor, bool kTall, bool kWide>
+inline void step(int upper, int lower, const float* a, int64_t lda, const float* b, int64_t ldb,
+                 int64_t lanes) {
+  alignas(64) float square[2][kSide * kSide];
+  _tile_loadd(6, b, ldb * 4);
+  if constexpr (kWide) _tile_loadd(7, b + kSide, ldb * 4);
+  if (kColumnMajor || lanes < kSide) {
+    if constexpr (kColumnMajor) {
+      turn(square[0], a, lda, upper, lanes);
+      if constexpr (kTall) turn(square[1], a + kSide, lda, lower, lanes);
+    } else {
+      copy_lanes(square[0], kSide, a, lda, upper, lanes);
+      if constexpr (kTall) copy_lanes(square[1], kSide, a + kSide * lda, lda, lower, lanes);
+    }
+    written();
+    _tile_loadd(4, square[0], 64);
+    if constexpr (kTall) _tile_loadd(5, square[1], 64);
+  } else {
+    _tile_loadd(4, a, lda * 4);
+    if constexpr (kTall) _tile_loadd(5, a + kSide * lda, lda * 4);
+  }
+  _tile_dpbf16ps(0, 4, 6);
+  if constexpr (kWide) _tile_dpbf16ps(1, 4, 7);
+  if constexpr (kTall) _tile_dpbf16ps(2, 5, 6);
+  if constexpr (kTall && kWide) _tile_dpbf16ps(3, 5, 7);
 }
 
 template <typename Term, bool kColumnMajor, bool kTall, bool kWide>
-inline void accumulate(int upper, int lower, const Term& term) {
-  alignas(64) float square[2][kSide * kSide];
-  for (int64_t k = 0; k < term.k; k += kSide) {
-    const float* const b = term.b + k * term.ldb;
-    _tile_loadd(6, b, term.ldb * 4);
-    if constexpr (kWide) _tile_loadd(7, b + kSide, term.ldb * 4);
-    if constexpr (kColumnMajor) {
-      const float* const a = term.a + k * term.lda;
-      turn(square[0], a, term.lda, upper);
-      if constexpr (kTall) turn(square[1], a + kSide, term.lda, lower);
-      written();
-      _tile_loadd(4, square[0], 64);
-      if constexpr (kTall) _tile_loadd(5, square[1], 64);
-    } else {
-      _tile_loadd(4, term.a + k, term.lda * 4);
-      if constexpr (kTall) _tile_loadd(5, term.a + kSide * term.lda + k, term.lda * 4);
-    }
-    _tile_dpbf16ps(0, 4, 6);
-    if constexpr (kWide) _tile_dpbf16ps(1, 4, 7);
-    if constexpr (kTall) _tile_dpbf16ps(2, 5, 6);
-    if constexpr (kTall && kWide) _tile_dpbf16ps(3, 5, 7);
-  }
+inline void accumulate(int upper, int lower, const Term& term, const Tail& tail) {
+  const int64_t whole = term.k - tail.lanes, by = kColumnMajor ? term.lda : 1;
+  for (int64_t k = 0; k < whole; k += kSide)
+    step<kColumnMajor, kTall, kWide>(upper, lower, term.a + k * by, term.lda,
+                                     term.b + k * term.ldb, term.ldb, kSide);
+  if (tail.lanes > 0)
+    step<kColumnMajor, kTall, kWide>(upper, lower, term.a + whole * by, term.lda, tail.rows,
+                                     Tail::kLanes, tail.lanes);
 }
 
 template <typename Term, bool kColumnMajor, bool kTall, bool kWide>
 void tiles(float* c, int64_t ldc, bool add, int upper, int lower, const Term& first,
-           const Term& second) {
+           const Term& second, const std::array<Tail, 2>& tails) {
   float* const c_low = c + kSide * ldc;
   if (add) {
     _tile_loadd(0, c, ldc * 4);
@@ -109,19 +158,20 @@ void tiles(float* c, int64_t ldc, bool add, int upper, int lower, const Term& fi
     if constexpr (kTall) _tile_zero(2);
     if constexpr (kTall && kWide) _tile_zero(3);
   }
-  accumulate<Term, kColumnMajor, kTall, kWide>(upper, lower, first);
-  accumulate<Term, kColumnMajor, kTall, kWide>(upper, lower, second);
+  accumulate<Term, kColumnMajor, kTall, kWide>(upper, lower, first, tails[0]);
+  accumulate<Term, kColumnMajor, kTall, kWide>(upper, lower, second, tails[1]);
   _tile_stored(0, c, ldc * 4);
   if constexpr (kWide) _tile_stored(1, c + kSide, ldc * 4);
   if constexpr (kTall) _tile_stored(2, c_low, ldc * 4);
   if constexpr (kTall && kWide) _tile_stored(3, c_low + kSide, ldc * 4);
 }
 
-// c[rows, 32 if wide, else 16] (+)= a b + a2 b2; each k is a multiple of kSide
+// c[rows, 32 if wide, else 16] (+)= a b + a2 b2
 template <bool kColumnMajor, typename Term>
 void multiply_panel(float* c, int64_t ldc, bool add, int64_t rows, bool wide, Term first,
                     Term second) {
   Shapes shapes;
+  const std::array<Tail, 2> tails{Tail(first, wide), Tail(second, wide)};
   written();
   for (int64_t row = 0; row < rows; row += 2 * kSide) {
     const int upper = static_cast<int>(std::min<int64_t>(kSide, rows - row));
@@ -131,7 +181,7 @@ void multiply_panel(float* c, int64_t ldc, bool add, int64_t rows, bool wide, Te
                                    : tiles<Term, kColumnMajor, true, false>
                      : wide ? tiles<Term, kColumnMajor, false, true>
                             : tiles<Term, kColumnMajor, false, false>;
-    run(c + row * ldc, ldc, add, upper, lower, first, second);
+    run(c + row * ldc, ldc, add, upper, lower, first, second, tails);
     for (Term* term : {&first, &second}) term->a += 2 * kSide * (kColumnMajor ? 1 : term->lda);
   }
 }

@@ -143,18 +143,8 @@ void multiply_panel(acc_t* c, int64_t ldc, bool add, int64_t rows, bool wide, Te
                     Term<acc_t> second = {}) {
 #if defined(LORAKERN_AMX)
   if constexpr (kPairs) {
-    if (first.k >= amx::kSide && amx::ready()) {
-      Term<acc_t> whole = first, extra = second;
-      whole.k = first.k / amx::kSide * amx::kSide;
-      if (whole.k < first.k || second.k % amx::kSide) extra.k = 0;
-      amx::multiply_panel<kColumnMajor>(c, ldc, add, rows, wide, whole, extra);
-      second.k -= extra.k;
-      if (whole.k == first.k && second.k == 0) return;
-      first.a += kColumnMajor ? whole.k * first.lda : whole.k;
-      first.b += whole.k * first.ldb;
-      first.k -= whole.k;
-      add = true;
-    }
+    if (amx::ready())
+      return amx::multiply_panel<kColumnMajor>(c, ldc, add, rows, wide, first, second);
   }
 #endif
   using Heights = std::make_integer_sequence<int, kTileRows>;
