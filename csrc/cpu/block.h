@@ -15,6 +15,9 @@ namespace lorakern {
 constexpr int64_t kGroupBytes = 16 << 20;
 constexpr int64_t kBlockBytes = 384 << 10;
 constexpr int64_t kDepth = 2048;
+// what a core keeps at hand of panels of its own, and of rows that are few
+constexpr int64_t kOwnBytes = 640 << 10;
+constexpr int64_t kFewBytes = 1 << 20;
 // multiply-adds below which a second thread costs more than it brings
 constexpr int64_t kSerial = 1 << 17;
 
@@ -30,9 +33,10 @@ struct LowRank {
   const at::opmath_type<scalar_t>* gain = nullptr;
 };
 
-// How M rows are shared: a slot is one thread's run of neighbouring rows, cut in blocks.
+// How M rows are shared: a slot is one thread's run of neighbouring rows, cut in blocks of no more
+// than fit in its cache.
 struct Rows {
-  int64_t slots, per_slot, block;
+  int64_t slots, per_slot, block, fit;
 
   // k: lanes of a row that are kept in cache; work: multiply-adds of the whole product
   Rows(int64_t M, int64_t k, int64_t lane_bytes, int64_t work, int64_t height = kTileRows) {
@@ -41,8 +45,9 @@ struct Rows {
     const int64_t runs = std::clamp<int64_t>(threads, 1, tiles);
     per_slot = (M + runs - 1) / runs;
     slots = (M + per_slot - 1) / per_slot;
-    const int64_t fit = kBlockBytes / (lane_bytes * std::clamp<int64_t>(k, 1, kDepth));
-    block = std::min(per_slot, std::max<int64_t>(fit / height, 1) * height);
+    const int64_t rows = kBlockBytes / (lane_bytes * std::clamp<int64_t>(k, 1, kDepth));
+    fit = std::max<int64_t>(rows / height, 1) * height;
+    block = std::min(per_slot, fit);
   }
 };
 

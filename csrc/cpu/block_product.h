@@ -3,7 +3,8 @@
 // Forward of lora_linear is a = x, W = weightᵀ, S = downᵀ, E = upᵀ; the gradient of x is a = dy,
 // W = weight, S = up, E = down. Rows go in blocks that stay in cache: t, both products and the sum
 // of a block happen there, in one accumulator, and out is written once. Nothing of size M·N or M·K
-// is made. W is packed once a call, in groups of columns of at most kGroupBytes.
+// is made. W is packed once a call, in groups of columns: for all threads, of at most kGroupBytes,
+// or by each thread for itself.
 //
 // An op says what is its own in a class derived from Block: how W is packed (hada adds ΔW), what a
 // sum starts from (kron), what is done with t and with a finished sum (gain, gradients of factors),
@@ -14,6 +15,18 @@
 #include "block.h"
 
 namespace lorakern {
+
+// Whether threads share columns, not rows: where W's panels are more than a core keeps, or rows so
+// few that it keeps them all. Then a panel is packed by the thread that multiplies it, for all rows,
+// and does not go through memory. Not where rows of out are long beside those of a: writing them is
+// what takes the time, and goes best a row after another.
+template <typename Op>
+bool by_columns(const Op& op) {
+  if (!Op::kPlainStore || Op::kStarts) return false;
+  const int64_t row = sizeof(typename Op::acc_t) * op.lanes();
+  const bool long_rows = op.p.N > 4 * op.p.K;
+  return (op.p.N * row > kOwnBytes && !long_rows) || op.p.M * row <= kFewBytes;
+}
 
 template <typename Op>
 void block_product(Op& op, const Rows& rows_of) {
@@ -33,16 +46,92 @@ void block_product(Op& op, const Rows& rows_of) {
   // sums of one panel at a time, unless they are started or come back
   const bool whole = Op::kStarts || passes > 1;
 
+  const bool columns = by_columns(op);
+
   const int64_t ld = whole ? group : kWide;
   const int64_t wide_size = op.direct() ? 0 : block * p.K;
-  const int64_t shrink_size = K * Rp, group_size = (K + E) * group;
-  const int64_t slot_size = block * ld + wide_size;
+  const int64_t shrink_size = K * Rp, group_size = columns ? 0 : (K + E) * group;
+  const int64_t slot_size = (columns ? 0 : block * ld) + wide_size;
   at::Tensor scratch =
       at::empty({shrink_size + group_size + slots * slot_size + p.M * Rp}, options);
   acc_t* const shrink = scratch.template mutable_data_ptr<acc_t>();
   acc_t* const panels = shrink + shrink_size;
   acc_t* const t_all = panels + group_size;
   acc_t* const blocks = t_all + p.M * Rp;
+
+  const auto pack = [&](int64_t first, acc_t* panel) {
+    const int64_t width = width_of<acc_t>(p.N - first);
+    op.pack(panel, first, width);
+    op.pack_expand(panel + K * width, first, width);
+  };
+  const auto start = [&](int64_t slot, int64_t row, int64_t rows, const acc_t* a, acc_t* sums) {
+    acc_t* const t = t_all + row * Rp;
+    op.shrink(t, a, shrink, row, rows);
+    op.visit(slot, row, rows, a, t);
+    // in the update the sums of t keep 16 bits, twice those of the result
+    if constexpr (kPairs) split_pairs(t, rows * Rp);
+    op.start(slot, row, rows, sums, ld);
+  };
+  // the sums of rows[row, row + rows] and a panel's columns, of which the last pass stores `used`
+  const auto multiply = [&](int64_t pass, int64_t slot, int64_t row, int64_t rows, const acc_t* a,
+                            int64_t first, int64_t used, const acc_t* panel, acc_t* sums,
+                            int64_t ld) {
+    const int64_t width = width_of<acc_t>(p.N - first);
+    const bool last = pass + 1 == passes;
+    if (Op::kPlainStore && !Op::kStarts && op.in_place() && used == width) {
+      sums = reinterpret_cast<acc_t*>(p.out) + row * p.N + first;
+      ld = p.N;
+    }
+    const Lanes<acc_t> k = op.pass(pass, a, row, rows);
+    multiply_panel<acc_t, kPairs, false>(
+        sums, ld, Op::kStarts || pass > 0, rows, width == kWide,
+        {k.a, k.lda, panel + k.from * width, width, k.depth},
+        last ? op.update(t_all + row * Rp, panel + K * width, first, width) : Term<acc_t>{});
+    if (last) op.store(slot, row, rows, first, used, sums, ld);
+  };
+  const auto each_block = [&](int64_t slot, const auto& visit) {
+    const int64_t end = std::min(p.M, (slot + 1) * rows_of.per_slot);
+    for (int64_t row = slot * rows_of.per_slot; row < end; row += block)
+      visit(row, std::min(block, end - row));
+  };
+
+  if (columns) {
+    const auto each = [&](int64_t n, const auto& visit) {
+      at::parallel_for(0, n, slots > 1 ? 1 : n + 1, visit);
+    };
+    each(op.shrinks(), [&](int64_t b, int64_t e) {
+      for (int64_t i = b; i < e; ++i) op.pack_shrink(shrink, i);
+    });
+    each(slots, [&](int64_t b, int64_t e) {
+      for (int64_t slot = b; slot < e; ++slot)
+        each_block(slot, [&](int64_t row, int64_t rows) {
+          start(slot, row, rows, op.load(blocks + slot * slot_size, row, rows), nullptr);
+        });
+    });
+    const int64_t panel_size = (K + E) * kWide, fit = std::min(p.M, rows_of.fit);
+    const int64_t most = std::max<int64_t>(1, kOwnBytes / (sizeof(acc_t) * panel_size));
+    each(all / kWide, [&](int64_t b, int64_t e) {
+      const int64_t own = std::min(most, e - b);
+      const at::Tensor room =
+          at::empty({own * panel_size + fit * kWide + (op.direct() ? 0 : fit * p.K)}, options);
+      acc_t* const panels = room.template mutable_data_ptr<acc_t>();
+      acc_t* const sums = panels + own * panel_size;
+      for (int64_t from = b; from < e; from += own) {
+        const int64_t count = std::min(own, e - from);
+        for (int64_t i = 0; i < count; ++i) pack((from + i) * kWide, panels + i * panel_size);
+        for (int64_t row = 0; row < p.M; row += fit) {
+          const int64_t rows = std::min(fit, p.M - row);
+          const acc_t* const a = op.load(sums + fit * kWide, row, rows);
+          for (int64_t i = 0; i < count; ++i) {
+            const int64_t first = (from + i) * kWide, used = std::min(kWide, p.N - first);
+            for (int64_t pass = 0; pass < passes; ++pass)
+              multiply(pass, 0, row, rows, a, first, used, panels + i * panel_size, sums, kWide);
+          }
+        }
+      }
+    });
+    return;
+  }
 
   for (int64_t col0 = 0; col0 == 0 || col0 < p.N; col0 += group) {
     const int64_t cols = std::min(group, p.N - col0), count = (cols + kWide - 1) / kWide;
@@ -52,52 +141,23 @@ void block_product(Op& op, const Rows& rows_of) {
       for (int64_t i = b; i < e; ++i) {
         if (i < shrinks) {
           op.pack_shrink(shrink, i);
-          continue;
+        } else {
+          const int64_t c = (i - shrinks) * kWide;
+          pack(col0 + c, panels + c * (K + E));
         }
-        const int64_t first = col0 + (i - shrinks) * kWide, width = width_of<acc_t>(p.N - first);
-        acc_t* const panel = panels + (first - col0) * (K + E);
-        op.pack(panel, first, width);
-        op.pack_expand(panel + K * width, first, width);
       }
     });
-
-    const auto run_block = [&](int64_t slot, int64_t row, int64_t rows) {
-      acc_t* const sums = blocks + slot * slot_size;
-      acc_t* const t = t_all + row * Rp;
-      const acc_t* const a = op.load(sums + block * ld, row, rows);
-      if (col0 == 0) {
-        op.shrink(t, a, shrink, row, rows);
-        op.visit(slot, row, rows, a, t);
-        // in the update the sums of t keep 16 bits, twice those of the result
-        if constexpr (kPairs) split_pairs(t, rows * Rp);
-        op.start(slot, row, rows, sums, ld);
-      }
-      for (int64_t pass = 0; pass < passes; ++pass) {
-        const bool last = pass + 1 == passes;
-        const Lanes<acc_t> k = op.pass(pass, a, row, rows);
-        for (int64_t c = 0; c < cols; c += kWide) {
-          const int64_t first = col0 + c, width = width_of<acc_t>(p.N - first);
-          const int64_t used = std::min(width, cols - c);
-          const acc_t* panel = panels + c * (K + E);
-          const bool in_place = Op::kPlainStore && !Op::kStarts && op.in_place() && used == width;
-          acc_t* const c_sums = in_place ? reinterpret_cast<acc_t*>(p.out) + row * p.N + first
-                                : whole  ? sums + c
-                                         : sums;
-          const int64_t ld_sums = in_place ? p.N : ld;
-          multiply_panel<acc_t, kPairs, false>(
-              c_sums, ld_sums, Op::kStarts || pass > 0, rows, width == kWide,
-              {k.a, k.lda, panel + k.from * width, width, k.depth},
-              last ? op.update(t, panel + K * width, first, width) : Term<acc_t>{});
-          if (last) op.store(slot, row, rows, first, used, c_sums, ld_sums);
-        }
-      }
-    };
-    at::parallel_for(0, rows_of.slots, 1, [&](int64_t b, int64_t e) {
-      for (int64_t slot = b; slot < e; ++slot) {
-        const int64_t end = std::min(p.M, (slot + 1) * rows_of.per_slot);
-        for (int64_t row = slot * rows_of.per_slot; row < end; row += rows_of.block)
-          run_block(slot, row, std::min(rows_of.block, end - row));
-      }
+    at::parallel_for(0, slots, 1, [&](int64_t b, int64_t e) {
+      for (int64_t slot = b; slot < e; ++slot)
+        each_block(slot, [&](int64_t row, int64_t rows) {
+          acc_t* const sums = blocks + slot * slot_size;
+          const acc_t* const a = op.load(sums + block * ld, row, rows);
+          if (col0 == 0) start(slot, row, rows, a, sums);
+          for (int64_t pass = 0; pass < passes; ++pass)
+            for (int64_t c = 0; c < cols; c += kWide)
+              multiply(pass, slot, row, rows, a, col0 + c, std::min(kWide, cols - c),
+                       panels + c * (K + E), whole ? sums + c : sums, ld);
+        });
     });
   }
 }

@@ -127,23 +127,30 @@ struct FactorSums {
 
   // the gradients themselves, once every block was added
   void write() const {
-    const auto total = [&](const acc_t* first) {
-      acc_t sum = 0;
-      for (int64_t slot = 0; slot < rows_of.slots; ++slot) sum += first[slot * slot_size()];
-      return sum;
-    };
+    int64_t used = ddown_size();
+    for (const auto& layer : layers) used += dup_size(layer);
+    for (int64_t slot = 1; slot < rows_of.slots; ++slot)
+      at::vec::map2([](auto a, auto b) { return a + b; }, sums, sums, sums + slot * slot_size(), used);
     const acc_t* dup_sums = sums + ddown_size();
     for (const auto& layer : layers) {
       const auto& [O, rank, first, scale, dy, ddown, dup] = layer;
-      const acc_t* ddown_sums = sums + first * padded<acc_t>(I);
       for (int64_t r = 0; ddown && r < rank; ++r)
-        for (int64_t i = 0; i < I; ++i)
-          ddown[r * I + i] = static_cast<scalar_t>(total(ddown_sums + r * padded<acc_t>(I) + i));
-      for (int64_t o = 0; dup && o < O; ++o)
-        for (int64_t r = 0; r < rank; ++r)
-          dup[o * rank + r] = static_cast<scalar_t>(static_cast<acc_t>(scale) *
-                                                    total(dup_sums + r * padded<acc_t>(O) + o));
+        narrow<scalar_t, acc_t>(ddown + r * I, sums + (first + r) * padded<acc_t>(I), nullptr, I);
+      if (dup) write_transposed(dup, dup_sums, O, rank, static_cast<acc_t>(scale));
       dup_sums += dup_size(layer);
+    }
+  }
+
+  // dup[O, rank] = scale · from[rank, padded O]ᵀ
+  static void write_transposed(scalar_t* dup, const acc_t* from, int64_t O, int64_t rank,
+                               acc_t scale) {
+    constexpr int64_t kSome = 64;
+    std::vector<acc_t> some(kSome * rank);
+    for (int64_t o = 0; o < O; o += kSome) {
+      const int64_t count = std::min(kSome, O - o);
+      pack_transposed(some.data(), rank, from + o, padded<acc_t>(O), rank, count);
+      for (int64_t i = 0; i < count * rank; ++i) some[i] *= scale;
+      narrow<scalar_t, acc_t>(dup + o * rank, some.data(), nullptr, count * rank);
     }
   }
 };

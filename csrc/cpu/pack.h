@@ -161,8 +161,14 @@ inline void twice(float* lanes, int64_t n) {
 inline void pack_row_pairs(float* dst, int64_t width, const at::BFloat16* src, int64_t ld,
                            int64_t cols, int64_t k) {
   auto* out = reinterpret_cast<at::BFloat16*>(dst);
+  // rows are far apart: no core fetches the next ones by itself
+  constexpr int64_t kAhead = 16;
   for (int64_t j = 0; j < k; j += 2, out += 2 * width) {
     const at::BFloat16 *even = src + j * ld, *odd = even + ld;
+    if (j + kAhead + 1 < k) {
+      __builtin_prefetch(even + kAhead * ld);
+      __builtin_prefetch(odd + kAhead * ld);
+    }
     int64_t c = 0;
 #if defined(__AVX512BF16__) && defined(CPU_CAPABILITY_AVX512)
     for (; j + 1 < k && c + 32 <= cols; c += 32) interleave(out + 2 * c, even + c, odd + c);
