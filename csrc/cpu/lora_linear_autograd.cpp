@@ -4,9 +4,10 @@
 // y = gain ∘ (x weightᵀ + scale · (x downᵀ) upᵀ) + bias; x, down, up and gain get gradients. Saved:
 // h [M, R], and x unless down is frozen. Where a gain trains, y too, which most networks keep anyhow
 // and which spares backward a product of half the layer's cost. The layer may be followed by an
-// operator that overwrites y: then the product is run again.
+// operator that overwrites y: then the product is run again. To recompute is to save x alone.
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/linear.h>
 #include <ATen/Dispatch.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
@@ -51,15 +52,17 @@ struct LoraLinear : torch::autograd::Function<LoraLinear> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& down,
                             const at::Tensor& up, const std::optional<at::Tensor>& gain,
                             const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-                            double scale, bool train_gain) {
+                            double scale, bool train_gain, bool recompute) {
     auto [y, h] = lora_linear_fwd_cpu(x, weight, bias, down, up, scale, gain);
     // a frozen down asks x for no more than its shape
     const at::Tensor none;
-    ctx->save_for_backward({down.requires_grad() || train_gain ? x : none, h, weight, down, up,
-                            gain.value_or(none), train_gain ? bias.value_or(none) : none,
-                            train_gain ? y.variable_data() : none});
+    const bool keep_x = recompute || down.requires_grad() || train_gain;
+    const bool keep_y = train_gain && !recompute;
+    ctx->save_for_backward({keep_x ? x : none, recompute ? none : h, weight, down, up,
+                            gain.value_or(none), keep_y ? bias.value_or(none) : none,
+                            keep_y ? y.variable_data() : none});
     ctx->saved_data["scale"] = scale;
-    if (train_gain)
+    if (keep_y)
       ctx->saved_data["version"] = c10::IValue::make_capsule(c10::make_intrusive<Version>(y));
     return y;
   }
@@ -81,14 +84,18 @@ struct LoraLinear : torch::autograd::Function<LoraLinear> {
     sizes.back() = saved[2].size(1);
     const at::Tensor x = saved[0].defined() ? saved[0] : at::empty(sizes, dy[0].options());
     const at::Tensor grad = dy[0].contiguous();
-    at::Tensor from_y;
-    if (needs[3] && version(ctx).same())
+    at::Tensor h = saved[1], from_y;
+    if (!h.defined()) {
+      const at::AutoDispatchBelowADInplaceOrView below;
+      h = at::linear(x, saved[3]);
+    }
+    if (needs[3] && saved[7].defined() && version(ctx).same())
       from_y = gain_gradient_cpu(saved[7], bias, *gain, grad);
     needs[3] = needs[3] && !from_y.defined();
     auto [dx, ddown, dup, dgain] =
-        lora_linear_bwd_cpu(grad, x, saved[1], saved[2], saved[3], saved[4],
+        lora_linear_bwd_cpu(grad, x, h, saved[2], saved[3], saved[4],
                             ctx->saved_data["scale"].toDouble(), gain, needs);
-    variable_list grads = {dx, ddown, dup, needs[3] ? dgain : from_y, {}, {}, {}, {}};
+    variable_list grads = {dx, ddown, dup, needs[3] ? dgain : from_y, {}, {}, {}, {}, {}};
     for (size_t i = 0; i < 3; ++i) {
       if (!needs[i]) grads[i] = at::Tensor();
     }
@@ -99,9 +106,9 @@ struct LoraLinear : torch::autograd::Function<LoraLinear> {
 at::Tensor lora_linear_cpu(const at::Tensor& x, const at::Tensor& weight,
                            const std::optional<at::Tensor>& bias, const at::Tensor& down,
                            const at::Tensor& up, double scale,
-                           const std::optional<at::Tensor>& gain) {
+                           const std::optional<at::Tensor>& gain, bool recompute) {
   const bool train_gain = gain && gain->requires_grad() && at::GradMode::is_enabled();
-  return LoraLinear::apply(x, down, up, gain, weight, bias, scale, train_gain);
+  return LoraLinear::apply(x, down, up, gain, weight, bias, scale, train_gain, recompute);
 }
 
 }  // namespace

@@ -30,6 +30,7 @@ class Lora(LowRank):
         tucker: a core for the kernel's pixels (above); a Linear and a 1 x 1 kernel have none.
         init: "default", or "pissa" or "olora" to start from the weight; see lora_start.
         freeze_down: LoRA-FA: down is N(0, √(2 / (I + R))) and does not train.
+        recompute: keep x alone for backward, not h [M, R] and dora's y; not on a k x k kernel.
         dropout: probability of a zero in training, 0 to below 1; no unit.
         dropout_mode: what `dropout` and `rank_dropout` drop: "peft", "kohya", "lycoris" or
             "bypass"; see masks.
@@ -45,11 +46,13 @@ class Lora(LowRank):
         tucker: bool = False,
         init: str = "default",
         freeze_down: bool = False,
+        recompute: bool = False,
         dropout: float = 0.0,
         dropout_mode: str = "peft",
         **options,
     ):
-        self.tucker, self.init, self.freeze_down = tucker, init, freeze_down
+        self.tucker, self.init = tucker, init
+        self.freeze_down, self.recompute = freeze_down, recompute
         super().__init__(base, **options)
         self.dropout, self.dropout_mode = dropout, dropout_mode
         if reason := lora_options.refusal(self):
@@ -79,10 +82,9 @@ class Lora(LowRank):
                     return y
                 if down.dtype is not dtype or up.dtype is not dtype:
                     down, up = down.to(dtype), up.to(dtype)
-                return lora_linear(input, weight, layer["bias"], down, up, self.live_scale())
+                args = input, weight, layer["bias"], down, up, self.live_scale()
+                return lora_linear(*args, recompute=self.recompute)
         return super().forward(input)
-
-    # dropout
 
     def drops_rows(self) -> bool:
         return self.dropout_mode == "lycoris" and super().drops_rows()

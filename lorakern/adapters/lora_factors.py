@@ -19,6 +19,7 @@ class LowRank(Update):
     tucker: bool
     init: str
     freeze_down: bool
+    recompute: bool
 
     def make_factors(self, layer: nn.Module, dtype: torch.dtype) -> None:
         (rows, *rest), rank = layer.weight.shape, self.rank
@@ -86,4 +87,4 @@ class LowRank(Update):
 
     def linear(self, x, weight, bias, f, scale, gain):
         down, up = f["down"].flatten(1), f["up"].flatten(1)
-        return lora_linear(x, weight, bias, down, up, scale, gain)
+        return lora_linear(x, weight, bias, down, up, scale, gain, self.recompute)

@@ -28,4 +28,6 @@ def refusal(lora) -> str | None:
         return f"init={lora.init!r} goes without dropout, scalar, tucker and embeddings"
     if lora.freeze_down and (started or embedding):
         return "freeze_down goes without another init and on no embedding: its down is 0"
+    if lora.recompute and (lora.freeze_down or embedding):
+        return "recompute goes without freeze_down, which keeps no input, and on no embedding"
     return None

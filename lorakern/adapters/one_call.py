@@ -33,9 +33,10 @@ def one_call(
         down, up = f["down"], f["up"]
     else:
         down, up, scale = _side_by_side(adapters, x.dtype)
+    recompute = any(a.recompute for a in adapters)
     if first.kind == "linear":
-        return lora_linear(x, weight, bias, down, up, scale)
-    return _convolve(layer, x, weight, bias, down, up, scale)
+        return lora_linear(x, weight, bias, down, up, scale, recompute=recompute)
+    return _convolve(layer, x, weight, bias, down, up, scale, recompute)
 
 
 def _side_by_side(adapters: list, dtype: torch.dtype):
@@ -49,13 +50,16 @@ def _side_by_side(adapters: list, dtype: torch.dtype):
     return torch.cat([f["down"].to(dtype) for f in both]), torch.cat(ups, 1), scale
 
 
-def _convolve(conv: nn.Conv2d, x, weight, bias, down, up, scale) -> Tensor:
+def _convolve(conv: nn.Conv2d, x, weight, bias, down, up, scale, recompute) -> Tensor:
     x, padding = layers.padded(conv, x)
     pointwise = conv.kernel_size == conv.stride == (1, 1) and tuple(padding) == (0, 0)
     if pointwise and conv.groups == 1 and x.is_contiguous(memory_format=torch.channels_last):
         # rows of pixels, without a copy
         rows = x.permute(0, 2, 3, 1)
-        y = lora_linear(rows, weight.flatten(1), bias, down.flatten(1), up.flatten(1), scale)
+        y = lora_linear(
+            rows, weight.flatten(1), bias, down.flatten(1), up.flatten(1), scale,
+            recompute=recompute,
+        )  # fmt: skip
         return y.permute(0, 3, 1, 2)
     window = (conv.stride, padding, conv.dilation, conv.groups)
     return lora_conv2d(x, weight, bias, down, up, scale, *window)

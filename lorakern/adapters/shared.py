@@ -151,7 +151,9 @@ class _Kept:
 
 def _may_share(adapter: Adapter) -> bool:
     alone = not isinstance(adapter._modules["base"], Adapter)
-    return type(adapter) is ALGOS["lora"] and adapter.kind == "linear" and alone
+    if type(adapter) is not ALGOS["lora"] or adapter.kind != "linear":
+        return False
+    return alone and not adapter.recompute
 
 
 def _plain(x: Tensor) -> bool:

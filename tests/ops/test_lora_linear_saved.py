@@ -28,6 +28,31 @@ def test_saved_for_backward_is_x_and_h(dtype, device):
     assert new == [(4, 9, 5)]
 
 
+@dtypes
+@pytest.mark.parametrize("gain", [False, True])
+def test_recompute_keeps_x_alone(gain, dtype, device):
+    args = inputs(((4, 9), 32, 48, 5), dtype, device, gain=gain)
+    trained = [args[i] for i in TRAINED[: 3 + gain]]
+    known = {a.data_ptr() for a in args if isinstance(a, torch.Tensor)}
+    new = []
+
+    def pack(tensor):
+        new.extend([tuple(tensor.shape)] * (tensor.data_ptr() not in known))
+        return tensor
+
+    for kernel in (None, "reference"):
+        with backend.use(kernel):
+            want = torch.autograd.grad(lora_linear(*args).square().sum(), trained)
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+                y = lora_linear(*args, recompute=True)
+            got = torch.autograd.grad(y.square().sum(), trained)
+        for mine, right in zip(got[:3], want[:3], strict=True):
+            assert torch.equal(mine, right)
+        for mine, right in zip(got[3:], want[3:], strict=True):
+            torch.testing.assert_close(mine, right, rtol=2e-2, atol=2e-2)
+    assert new == []
+
+
 def test_a_frozen_down_keeps_no_x(device):
     args = inputs(((4, 9), 32, 48, 5), torch.float32, device)
     x, down, up = args[0], args[3], args[4]

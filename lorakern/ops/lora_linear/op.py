@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lorakern import backend
@@ -36,11 +37,11 @@ _bwd = backend.define(
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, down, up, gain, scale):
+    def forward(ctx, x, weight, bias, down, up, gain, scale, recompute):
         y, h = _fwd(x, weight, bias, down, up, scale, gain)
         # h [M, R] saves a pass over x; a frozen down asks x for no more than its shape
-        x = x if down.requires_grad or gain is not None else None
-        ctx.save_for_backward(x, h, weight, down, up, gain)
+        x = x if recompute or down.requires_grad or gain is not None else None
+        ctx.save_for_backward(x, None if recompute else h, weight, down, up, gain)
         ctx.scale = scale
         return y
 
@@ -49,10 +50,11 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx, dy):
         x, h, weight, down, up, gain = ctx.saved_tensors
         x = dy.new_empty(*dy.shape[:-1], weight.shape[1]) if x is None else x
+        h = F.linear(x, down) if h is None else h
         needs = [ctx.needs_input_grad[i] for i in (0, 3, 4, 5)]
         grads = _bwd(dy.contiguous(), x, h, weight, down, up, ctx.scale, gain, needs)
         dx, *rest = (g if need else None for g, need in zip(grads, needs, strict=True))
-        return dx, None, None, *rest, None
+        return dx, None, None, *rest, None, None
 
 
 # by dtype of a CPU tensor; cpp does not refuse by shape, so a dtype decides
@@ -67,6 +69,7 @@ def lora_linear(
     up: Tensor,
     scale: float | Tensor,
     gain: Tensor | None = None,
+    recompute: bool = False,
 ) -> Tensor:
     """Linear layer with a low-rank update: gain∘(x Wᵀ + scale·(x downᵀ) upᵀ) + b.
 
@@ -82,6 +85,7 @@ def lora_linear(
         scale: alpha / rank, times the user's multiplier; no unit. Under torch.compile a 0-dim
             CPU tensor, so that a change of its value recompiles nothing.
         gain: [O] or None for 1, trained: DoRA's magnitude over a row's norm; float32 beside 16-bit.
+        recompute: keep x alone for backward, not x downᵀ [..., R] and, with a gain, the output.
 
     Returns:
         [..., O], contiguous, in x's dtype.
@@ -111,5 +115,6 @@ def lora_linear(
         if dtype not in _whole:
             _whole[dtype] = backend.whole(_fwd, _bwd, "lora_linear_cpu", *args)
         if run := _whole[dtype]:
-            return run(*args)
-    return _LoraLinear.apply(x.contiguous(), weight, bias, down, up, gain, check.live(scale))
+            return run(*args, recompute)
+    live = check.live(scale)
+    return _LoraLinear.apply(x.contiguous(), weight, bias, down, up, gain, live, recompute)
