@@ -46,10 +46,10 @@ def test_recompute_keeps_x_alone(gain, dtype, device):
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
                 y = lora_linear(*args, recompute=True)
             got = torch.autograd.grad(y.square().sum(), trained)
-        for mine, right in zip(got[:3], want[:3], strict=True):
-            assert torch.equal(mine, right)
-        for mine, right in zip(got[3:], want[3:], strict=True):
-            torch.testing.assert_close(mine, right, rtol=2e-2, atol=2e-2)
+        for mine, right in zip(got, want, strict=True):
+            # h is torch's product, rounded as the kernel rounds its own
+            near = 4 * torch.finfo(dtype).eps * right.abs().max().item()
+            torch.testing.assert_close(mine, right, rtol=0, atol=near)
     assert new == []
 
 
