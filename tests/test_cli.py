@@ -142,6 +142,10 @@ def test_memory_estimate_follows_what_it_should(home, tmp_path):
     one, four = measured(), measured(batch_size=4)
     assert 2 * one.step < four.step < 4 * one.step and one.weights == four.weights
     assert measured(batch_size=4, gradient_checkpointing=True).step < 0.8 * four.step
+    dropped = {"dropout": 0.1, "module_dropout": 0.1}
+    assert measured(adapter={"rank": 4, "options": dropped}).step == pytest.approx(
+        one.step, rel=0.05
+    )
     low = measured(batch_size=4, precision="bf16")
     assert low.weights * 2 == one.weights and low.step < 0.8 * four.step
     assert low.factors == one.factors == 4 * one.trained
