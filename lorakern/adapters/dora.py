@@ -92,7 +92,10 @@ class Dora:
 
 
 class _Kept:
-    """A tensor until one of those that it was made of changes. Not copied, pickled or compiled."""
+    """A tensor until one of those that it was made of changes. Not copied, pickled or compiled.
+
+    In a CUDA graph, what is made of what trains is made anew, and nothing is kept of its memory.
+    """
 
     def __init__(self):
         self._entry = None
@@ -107,14 +110,17 @@ class _Kept:
         """make(), or what it gave when the sources and the number were the same."""
         if torch.compiler.is_compiling() or any(t.is_inference() for t in sources):
             return make()
-        steps = any(t.requires_grad for t in sources) and _steps
+        trains, recorded = any(t.requires_grad for t in sources), layers.recorded(sources[0])
+        steps = trains and _steps
         now = number, steps, [(t._version, t.data_ptr(), t.dtype, t.device) for t in sources]
         # one read: threads of DataParallel share it
         entry = self._entry
-        if entry is not None and entry[0] == now and _same(entry[1], sources):
+        known = entry is not None and entry[0] == now and _same(entry[1], sources)
+        if known and not (trains and recorded):
             return entry[2]
         made = make()
-        self._entry = now, [weakref.ref(t) for t in sources], made
+        if not recorded:
+            self._entry = now, [weakref.ref(t) for t in sources], made
         return made
 
 

@@ -125,6 +125,13 @@ def autocast_on(device: str) -> bool:
     return known and torch.is_autocast_enabled(device)
 
 
+def recorded(t: Tensor) -> bool:
+    """Whether calls are recorded to run on other values, where what is kept would be a constant."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
+    return t.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def full_precision(device: str):
     """A block without autocast."""
     return torch.autocast(device, enabled=False) if autocast_on(device) else nullcontext()

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from lorakern.adapters import layers
+
 _OWN = frozenset(vars(nn.Module()))
 _HOOKS = tuple(sorted(name for name in _OWN if name.startswith("_forward")))
 _SIMPLE = (type(None), bool, int, float, str, torch.dtype, torch.device)
@@ -74,7 +76,7 @@ class Cache:
                 is not cached.
             others: compared by value.
         """
-        if not self.on or _recorded(tensors[0]):
+        if not self.on or layers.recorded(tensors[0]):
             return make()
         if torch.is_grad_enabled():
             self.clear()
@@ -158,13 +160,6 @@ class _Seen:
             return True
         rest = ((name, value) for name, value in own.items() if name not in _OWN)
         return all(self.add(name) and self.add(value) for name, value in rest)
-
-
-def _recorded(t: Tensor) -> bool:
-    """Whether calls are recorded to run on other values, where what is kept would be a constant."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return True
-    return t.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _versions(value) -> list[int]:
