@@ -110,6 +110,14 @@ class _Flat:
                 factor.grad = slot
         self.parameter.grad = self.grad
 
+    def attach(self) -> None:
+        if all(grad is None for grad in self.grads()):
+            self.grad.zero_()
+        else:
+            self.gather()
+        for factor, slot in zip(self.factors, self.slots, strict=True):
+            factor.grad = slot
+
     def rate(self, lr: float | Tensor) -> Tensor:
         """A learning rate on the device; a number is written there only when it is another."""
         if isinstance(lr, Tensor):
@@ -218,6 +226,16 @@ class FlatAdamW(torch.optim.AdamW):
         """
         for flat in self._flats:
             flat.gather()
+
+    @torch.no_grad()
+    def attach(self) -> None:
+        """Give every factor its place in a flat gradient as its own, where backward then adds.
+
+        The place is the same each time, as a CUDA graph wants it. A gradient that is there moves
+        in, the others become zeros.
+        """
+        for flat in self._flats:
+            flat.attach()
 
     @torch.no_grad()
     def clip(self, largest: float) -> Tensor:

@@ -77,6 +77,31 @@ def test_trains_as_adamw_does(algo, ratio):
         assert not torch.equal(mine, was)
 
 
+def test_attached_gradients_have_one_place_and_are_added_to():
+    model, alone = model_of(), model_of()
+    optimizer = FlatAdamW(parameter_groups(model, 1e-2))
+    places = set()
+    for gone in ([], [0], [0, 1, 2, 3]):
+        for m in (model, alone):
+            m.zero_grad()
+            backward(m)
+            for i in gone:
+                trained(m)[i].grad = None
+        optimizer.attach()
+        places.add(tuple(p.grad.data_ptr() for p in trained(model)))
+        for i, (mine, theirs) in enumerate(zip(trained(model), trained(alone), strict=True)):
+            assert torch.equal(mine.grad, torch.zeros_like(mine) if i in gone else theirs.grad)
+        for m in (model, alone):
+            backward(m, 1)
+        assert places == {tuple(p.grad.data_ptr() for p in trained(model))}
+        assert_same(*({n: p.grad for n, p in m.named_parameters() if p.requires_grad}
+                      for m in (model, alone)))  # fmt: skip
+        optimizer.step()
+        optimizer.zero_grad()
+        assert all(p.grad is None for p in trained(model))
+        model.load_state_dict(alone.state_dict())
+
+
 def test_gradients_are_views_and_a_user_s_own_clip_is_seen():
     model, alone = model_of(), model_of()
     flat, own = FlatAdamW(trained(model)), torch.optim.AdamW(trained(alone), fused=True)
