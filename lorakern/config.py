@@ -20,7 +20,8 @@ else:
 
 # keys that may differ between a run and its resumption: they do not change what a step computes
 FREE_ON_RESUME = {
-    *("steps", "output", "name", "formats", "device", "cache", "resume", "sample", "checkpoint")
+    *("steps", "output", "name", "formats", "device", "graphs", "cache", "resume", "sample"),
+    "checkpoint",
 }
 
 # keys and sections that are read with some methods only, and these
@@ -191,6 +192,9 @@ class Config(Section):
         "auto", description="bf16 autocasts, factors stay float32; auto: bf16 on a GPU"
     )
     gradient_checkpointing: bool = Field(False, description="less memory, more time")
+    graphs: Literal["auto", "on", "off"] = Field(
+        "auto", description="CUDA graphs, one a bucket; auto: where a step is faster so"
+    )
     cache: Path | None = Field(None, description="of latents and texts; default: output/cache")
     resume: bool = Field(False, description="go on from the newest checkpoint in output")
     adapter: AdapterConfig = AdapterConfig()

@@ -53,6 +53,10 @@ class Log:
             for name in ("loss", "grad_norm", "lr"):
                 self._board.add_scalar(name, getattr(step, name), step.step)
 
+    def note(self, event: str, **about) -> None:
+        """A line between two steps."""
+        self._write({"event": event, **about})
+
     def end(self, result: "Result") -> None:
         """The last line."""
         self._write(

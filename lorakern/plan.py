@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lorakern import backend, checkpoint, data, diffusion, methods, models
+from lorakern import backend, checkpoint, data, diffusion, graphed, methods, models
 from lorakern.arena import gathers
 from lorakern.config import Config
 from lorakern.data import Bad
@@ -42,6 +42,7 @@ class Plan:
         gradient, and one of an average.
     step: what one step adds at its peak: activations, gradients and temporaries.
     start: the step a resumed run would begin at.
+    graphs: whether steps run as CUDA graphs, in words.
     """
 
     config: Config
@@ -57,6 +58,7 @@ class Plan:
     step: int
     start: int
     predicts: str
+    graphs: str
 
     @property
     def memory(self) -> int:
@@ -83,6 +85,7 @@ class Plan:
                 f" {self.trained * 4 / MIB:.1f} MiB a file",
             ),
             ("device", f"{device_of(config.device)}, {self._precision()}"),
+            ("graphs", self.graphs),
             (
                 "memory",
                 f"about {_mib(self.memory)} of tensors at the peak of a step: weights"
@@ -107,6 +110,7 @@ def plan(config: Config, *, bar: bool = True) -> Plan:
     """
     examples, bad = data.find(config.data, config.caption)
     method = methods.make(config)
+    graphed.check(config, device_of(config.device), method)
     method.check(models.read_index(config.model), examples)
     base = models.skeleton(config.model)
     sizes = data.bucket_sizes(config.resolution, base.bucket_step, square=not config.buckets)
@@ -136,6 +140,8 @@ def _measure(method: Method, base: models.Base, size: tuple[int, int]) -> dict[s
     width, height = (side // base.latent_factor for side in size)
     length = base.pipe.text_encoder.config.max_position_embeddings
     method.inject(base)
+    device = device_of(config.device)
+    graphed.check(config, device, method)
     trained = method.trained
     with FakeTensorMode(), backend.use("reference"):
         for module in {**trained, "unet": unet, **base.text_encoders}.values():
@@ -147,7 +153,7 @@ def _measure(method: Method, base: models.Base, size: tuple[int, int]) -> dict[s
         with torch.no_grad():
             text = base.encode_text(tokens)
         with _Peak() as peak:
-            with autocast(torch.device("cpu"), bf16(config.precision, device_of(config.device))):
+            with autocast(torch.device("cpu"), bf16(config.precision, device)):
                 context, pooled = base.encode_text(tokens) if method.trains_text else text
                 condition = base.condition(pooled, torch.zeros(batch, 6))
                 predicted = method.predict(latent, t, context, condition, inputs)
@@ -159,9 +165,10 @@ def _measure(method: Method, base: models.Base, size: tuple[int, int]) -> dict[s
         stay |= {"vae": base.vae, **base.text_encoders}
     factors = [p for m in trained.values() for p in m.parameters() if p.requires_grad]
     frozen = [p for m in stay.values() for p in m.parameters() if not p.requires_grad]
-    numbers = 2 + gathers(device_of(config.device)) + bool(config.optimizer.average)
+    numbers = 2 + gathers(device) + bool(config.optimizer.average)
     return {
         "about": method.about(),
+        "graphs": graphed.about(config, device, method),
         "writes": method.paths(),
         "trained": sum(p.numel() for p in factors),
         "weights": sum(map(_bytes, frozen)),

@@ -6,13 +6,14 @@ import math
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import lorakern
-from lorakern import cache, checkpoint, data, diffusion, methods, models
+from lorakern import cache, checkpoint, data, diffusion, graphed, methods, models
 from lorakern.arena import FlatAdamW
 from lorakern.average import Average
 from lorakern.config import Config
@@ -33,6 +34,7 @@ def prepare(config: Config, *, bar: bool) -> "Run":
             raise ValueError(f"{name} {path} lies in the data folder {config.data}; choose another")
     method = methods.make(config)
     device = device_of(config.device)
+    graphed.check(config, device, method)
     examples, bad = data.find(config.data, config.caption)
     method.check(models.read_index(config.model), examples)
     base = models.load(config.model, keep=method.parts)
@@ -55,6 +57,29 @@ def prepare(config: Config, *, bar: bool) -> "Run":
         texts = cache.encode_texts(base, [base.tokens(""), *captions], folder)
     method.encode(base, latents, folder, device, bar=bar)
     return Run(config, method, base, device, latents, texts, bad)
+
+
+class Batch(NamedTuple):
+    """All that a batch's loss depends on beside the weights, on the run's device.
+
+    x0, noise: [B, C, H, W] float32.
+    t: [B] int64, steps of the noise schedule.
+    keep: [B] bool, whose captions stay.
+    sizes: [B, 6] int64, as Latent.time_ids.
+    text: what `Base.encode_text` gives; where a text encoder trains, what it takes.
+    inputs: the method's.
+    """
+
+    x0: Tensor
+    noise: Tensor
+    t: Tensor
+    keep: Tensor
+    sizes: Tensor
+    text: Tensor | tuple[Tensor, Tensor | None]
+    inputs: dict[str, Tensor]
+
+    def tensors(self) -> list[Tensor]:
+        return [leaf for leaf in tree_leaves(self) if isinstance(leaf, Tensor)]
 
 
 class Run:
@@ -83,6 +108,7 @@ class Run:
         torch.manual_seed(diffusion.seed_of(config.seed, "factors"))
         method.inject(base)
         method.check_export()
+        graphed.check(config, device, method)
         self.trained = method.trained
         for module in self.trained.values():
             module.to(device)
@@ -105,35 +131,50 @@ class Run:
         members = [i for batch in self.batches(step) for i in self.order.batch(batch)]
         return sorted({str(self.latents[i].path) for i in members})
 
-    def loss(self, index: int) -> Tensor:
-        """The loss of one batch, a float32 scalar; the same for the same index and weights."""
-        config, seed = self.config, self.config.seed
+    def batch(self, index: int) -> Batch:
+        """A batch by its number: all that is read and drawn for it, the same each time."""
         latents = [self.latents[i] for i in self.order.batch(index)]
         entries = [cache.entry(latent.entry) for latent in latents]
         mean, std = (torch.stack([e[part] for e in entries]) for part in ("mean", "std"))
-        t, noise, chance = diffusion.draw(seed, index, mean.shape, len(self.alpha_bars))
+        t, noise, chance = diffusion.draw(self.config.seed, index, mean.shape, len(self.alpha_bars))
         keep = self.method.keeps_caption(chance)
-        tokens = [la.tokens if k else self.empty for k, la in zip(keep, latents, strict=True)]
-        sizes = torch.tensor([latent.time_ids for latent in latents])
-        inputs = self.method.inputs(latents, chance)
-
-        x0, noise = (mean + std * noise[0]).to(self.device), noise[1].to(self.device)
-        t, inputs = t.to(self.device), {k: v.to(self.device) for k, v in inputs.items()}
-        alpha_bar = self.alpha_bars[t]
-        with autocast(self.device, self.bf16):
-            context, pooled = self.text(torch.stack(tokens))
-            context = context.to(self.device)
-            pooled = None if pooled is None else pooled.to(self.device)
-            if self.base.zero_empty:
-                keep = keep.to(context)
-                context, pooled = context * keep[:, None, None], pooled * keep[:, None]
-            noisy = diffusion.noisy_latent(x0, noise, alpha_bar)
-            condition = self.base.condition(pooled, sizes)
-            predicted = self.method.predict(noisy, t, context, condition, inputs)
-        wanted = diffusion.target(x0, noise, alpha_bar, predicts=self.predicts)
-        return diffusion.loss(
-            predicted, wanted, alpha_bar, predicts=self.predicts, gamma=config.loss.min_snr
+        tokens = torch.stack(
+            [la.tokens if k else self.empty for k, la in zip(keep, latents, strict=True)]
         )
+        made = Batch(
+            mean + std * noise[0], noise[1], t, keep,
+            torch.tensor([latent.time_ids for latent in latents]),
+            tokens if self.method.trains_text else self.text(tokens),
+            self.method.inputs(latents, chance),
+        )  # fmt: skip
+        return tree_map_only(Tensor, lambda tensor: tensor.to(self.device), made)
+
+    def loss_of(self, batch: Batch) -> Tensor:
+        """A batch's loss, a float32 scalar; nothing but work of the device, and no wait for it."""
+        with autocast(self.device, self.bf16):
+            text = batch.text
+            context, pooled = self.text(text) if self.method.trains_text else text
+            if self.base.zero_empty:
+                keep = batch.keep.to(context)
+                context, pooled = context * keep[:, None, None], pooled * keep[:, None]
+            alpha_bar = self.alpha_bars[batch.t]
+            noisy = diffusion.noisy_latent(batch.x0, batch.noise, alpha_bar)
+            condition = self.base.condition(pooled, batch.sizes)
+            predicted = self.method.predict(noisy, batch.t, context, condition, batch.inputs)
+        wanted = diffusion.target(batch.x0, batch.noise, alpha_bar, predicts=self.predicts)
+        return diffusion.loss(
+            predicted, wanted, alpha_bar, predicts=self.predicts, gamma=self.config.loss.min_snr
+        )
+
+    def loss(self, index: int) -> Tensor:
+        """The loss of a batch by its number; the same for the same index and weights."""
+        return self.loss_of(self.batch(index))
+
+    def backward(self, batch: Batch) -> Tensor:
+        """Add the gradients of a batch's share of a step's loss; returns that share."""
+        part = self.loss_of(batch) / self.config.accumulate
+        part.backward()
+        return part.detach()
 
     def clip(self) -> Tensor:
         """Bring the gradients down to the largest norm chosen; returns theirs before, a scalar."""
@@ -210,6 +251,7 @@ class Run:
             "parameters": sum(p.numel() for p in self.parameters),
             "device": str(self.device),
             "bf16": self.bf16,
+            "graphs": graphed.about(self.config, self.device, self.method),
             "predicts": self.predicts,
             "versions": {"lorakern": lorakern.__version__, "torch": torch.__version__},
             "config": self.config.model_dump(mode="json"),

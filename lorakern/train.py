@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from lorakern import graphed
 from lorakern.config import Config
 from lorakern.data import Bad
 from lorakern.diffusion import seed_of
@@ -91,15 +92,14 @@ def _loop(run: Run, config: Config, on_step, bar: bool) -> Result:
         Stop() as stop,
         _bar(run, bar) as shown,
     ):
+        backward = graphed.backward(run, log.note)
         try:
             while run.step < config.steps and stop.signal is None:
                 start = time.perf_counter()
                 torch.manual_seed(seed_of(config.seed, "step", run.step))
                 loss = torch.zeros((), device=run.device)
-                for batch in run.batches(run.step):
-                    part = run.loss(batch) / config.accumulate
-                    part.backward()
-                    loss += part.detach()
+                for index in run.batches(run.step):
+                    loss += backward(run.batch(index))
                 loss, norm = torch.stack([loss, run.clip()]).tolist()
 
                 lr = run.schedule.get_last_lr()[0]

@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from recorder import assert_equal_to_eager, graphs_fixture  # noqa: F401
 from safetensors.torch import load_file, save_file
 from training import assert_same, factors, fit, lines_of, one_thread  # noqa: F401
 
@@ -230,6 +231,10 @@ def test_samples_are_drawn_of_the_faces_named(home, make, tmp_path):
     plain = make("plain", steps=2)
     fit(plain)
     assert_same(factors(plain.output), factors(chosen.output))
+
+
+def test_graphs_are_equal_to_eager(make, graphs):
+    assert_equal_to_eager(make, graphs, steps=6)
 
 
 def test_a_plan_counts_what_trains(make, seen):

@@ -103,6 +103,9 @@ class Method(ABC):
     ) -> Tensor:  # fmt: skip
         """The UNet's output.
 
+        A CUDA graph may hold it: work of the device alone, and no decision on a value. What of a
+        method cannot be so is for `graphed.refusal` to name.
+
         Args:
             noisy: [B, C, H, W].
             t: [B] int64.
