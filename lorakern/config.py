@@ -193,7 +193,7 @@ class Config(Section):
     )
     gradient_checkpointing: bool = Field(False, description="less memory, more time")
     graphs: Literal["auto", "on", "off"] = Field(
-        "auto", description="CUDA graphs, one a bucket; auto: where a step is faster so"
+        "off", description="CUDA graphs, one a bucket; auto: where a step is faster so"
     )
     cache: Path | None = Field(None, description="of latents and texts; default: output/cache")
     resume: bool = Field(False, description="go on from the newest checkpoint in output")

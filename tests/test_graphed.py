@@ -92,7 +92,7 @@ def test_a_loss_that_is_not_finite_is_skipped(make, graphs, monkeypatch):
 @pytest.mark.parametrize(("replay", "stays"), [(1.0, True), (1.99, False)])
 def test_auto_keeps_what_is_faster(make, graphs, monkeypatch, replay, stays):
     monkeypatch.setattr(graphs, "replay", replay)
-    one, other = make("one", steps=10), make("other", steps=10, graphs="off")
+    one, other = (make(n, steps=10, graphs=n) for n in ("auto", "off"))
     result = fit(one)
     (note,) = notes(one)
     assert note["captured"] is stays and note["reason"] == (None if stays else "not faster")
@@ -111,7 +111,7 @@ def test_no_more_graphs_than_allowed(make, graphs, monkeypatch, two_buckets):
 
 def test_no_graph_without_memory_for_two_steps(make, graphs, monkeypatch):
     monkeypatch.setattr(graphs, "full", True)
-    chosen = make(steps=6)
+    chosen = make(steps=6, graphs="auto")
     assert len(fit(chosen).losses) == 6 and not graphs.tapes
     assert [note["reason"] for note in notes(chosen)] == ["no memory for a second step is free"]
 
@@ -147,7 +147,10 @@ def test_a_capture_that_fails_ends_no_run(make, graphs, monkeypatch, two_buckets
     ids=lambda v: v if isinstance(v, str) else "",
 )
 def test_what_cannot_be_captured_is_named(make, graphs, changes, reason):
-    chosen, forced = make("auto", steps=6, **changes), make("on", graphs="on", **changes)
+    chosen, forced = (
+        make("auto", steps=6, graphs="auto", **changes),
+        make("on", graphs="on", **changes),
+    )
     planned = plans.plan(chosen, bar=False).graphs
     fit(chosen)
     assert not graphs.tapes
@@ -166,8 +169,9 @@ def _message(chosen) -> str:
 
 
 def test_a_cpu_has_none(make):
-    assert "graphs  auto: none, the device is cpu; want cuda" in str(plans.plan(make(), bar=False))
-    assert plans.plan(make(graphs="off"), bar=False).graphs == "off"
+    planned = str(plans.plan(make(graphs="auto"), bar=False))
+    assert "graphs  auto: none, the device is cpu; want cuda" in planned
+    assert plans.plan(make(), bar=False).graphs == "off"
     with pytest.raises(ValueError, match='graphs is "on", but the device is cpu; want cuda'):
         fit(make(graphs="on"))
     assert not make().output.exists()
