@@ -12,35 +12,58 @@
 #include <torch/library.h>
 
 #include "../attention_groups.h"
+#include "attention_columns.h"
 
 namespace lorakern {
 namespace {
 
-template <typename scalar_t, bool kPairs>
-void forward(const Attention<scalar_t>& p, scalar_t* out) {
+// What a thread holds of one head and one block of queries.
+template <typename scalar, bool kPairs>
+class ForwardRows {
+ public:
+  using scalar_t = scalar;
   using acc_t = at::opmath_type<scalar_t>;
-  const Tasks tasks(p.B * p.H, p.Q, p.work());
+  static constexpr int64_t kTall = kTileRows, kMost = kQueries;
+
+  ForwardRows(const Attention<scalar_t>& given, int64_t queries)
+      : p(given), scratch(p.d * p.Tp + p.T * (p.dp + p.d) + queries * (p.Tp + p.dp)),
+        s(scratch.take(queries * p.Tp)), rows(scratch.take(queries * p.dp)) {}
+
+  void head(int64_t b, int64_t h) {
+    p.template pack_columns<kPairs>(keys, gathered, &Group<scalar_t>::k, b, h);
+    p.pack_tokens(values, &Group<scalar_t>::v, b, h);
+  }
+
+  void block(scalar_t* out, int64_t b, int64_t h, int64_t row, int64_t count) {
+    const int64_t at = (b * p.Q + row) * p.C + h * p.d;
+    p.template scores<kPairs>(s, p.q + at, rows, count, keys);
+    for (int64_t i = 0; i < count; ++i) {
+      for (const auto& g : p.groups)
+        g.template softmax<false>(s + i * p.Tp + g.first, nullptr, p.factor, g.weight(b, row + i));
+    }
+    p.weigh(out + at, s, values, rows, count);
+  }
+
+ private:
+  const Attention<scalar_t>& p;
+  Scratch<acc_t> scratch;
+  acc_t* const s;
+  acc_t* const rows;
+  acc_t* const keys = scratch.take(p.d * p.Tp);
+  acc_t* const values = scratch.take(p.T * p.dp);
+  acc_t* const gathered = scratch.take(p.T * p.d);
+};
+
+template <typename Forward, typename scalar_t>
+void forward(const Attention<scalar_t>& p, scalar_t* out) {
+  const Tasks tasks(p.B * p.H, p.Q, p.work(), Forward::kTall, Forward::kMost);
   at::parallel_for(0, tasks.count, tasks.grain, [&](int64_t begin, int64_t end) {
-    Scratch<acc_t> scratch(p.d * p.Tp + p.T * (p.dp + p.d) + tasks.block * (p.Tp + p.dp));
-    acc_t* const keys = scratch.take(p.d * p.Tp);
-    acc_t* const values = scratch.take(p.T * p.dp);
-    acc_t* const gathered = scratch.take(p.T * p.d);
-    acc_t* const s = scratch.take(tasks.block * p.Tp);
-    acc_t* const rows = scratch.take(tasks.block * p.dp);
+    Forward own(p, tasks.block);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t head = task / tasks.slots, b = head / p.H, h = head % p.H;
-      p.template pack_columns<kPairs>(keys, gathered, &Group<scalar_t>::k, b, h);
-      p.pack_tokens(values, &Group<scalar_t>::v, b, h);
-      tasks.each_block(task, [&](int64_t row, int64_t count) {
-        const int64_t at = (b * p.Q + row) * p.C + h * p.d;
-        p.template scores<kPairs>(s, p.q + at, rows, count, keys);
-        for (int64_t i = 0; i < count; ++i) {
-          for (const auto& g : p.groups)
-            g.template softmax<false>(s + i * p.Tp + g.first, nullptr, p.factor,
-                                      g.weight(b, row + i));
-        }
-        p.weigh(out + at, s, values, rows, count);
-      });
+      own.head(b, h);
+      tasks.each_block(task,
+                       [&](int64_t row, int64_t count) { own.block(out, b, h, row, count); });
     }
   });
 }
@@ -50,7 +73,7 @@ template <typename scalar_t, bool kPairs>
 void backward(const Attention<scalar_t>& p, const scalar_t* dout, scalar_t* dq, scalar_t* dk,
               scalar_t* dv) {
   using acc_t = at::opmath_type<scalar_t>;
-  const Tasks tasks(p.B * p.H, p.Q, 3 * p.work());
+  const Tasks tasks(p.B * p.H, p.Q, 3 * p.work(), kTileRows, kQueries);
   const int64_t share = p.wanted * p.dp;
   // [task, dk or dv, wanted token, dp]
   Scratch<acc_t> shares(2 * share * tasks.count);
@@ -153,9 +176,14 @@ at::Tensor decoupled_attention_fwd_cpu(const at::Tensor& q, at::TensorList keys,
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, q.scalar_type(), "decoupled_attention", [&] {
         const auto p = attention<scalar_t>(given, q, scales, heads, nullptr);
-        with_pairs<scalar_t>(p.d, [&](auto pairs) {
-          forward<scalar_t, pairs.value>(p, out.mutable_data_ptr<scalar_t>());
-        });
+        auto* const to = out.mutable_data_ptr<scalar_t>();
+#if defined(LORAKERN_AMX)
+        if constexpr (std::is_same_v<scalar_t, at::BFloat16>) {
+          if (amx::ready()) return forward<amx::ForwardColumns>(p, to);
+        }
+#endif
+        with_pairs<scalar_t>(
+            p.d, [&](auto pairs) { forward<ForwardRows<scalar_t, pairs.value>>(p, to); });
       });
   return out;
 }

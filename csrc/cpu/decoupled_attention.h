@@ -43,13 +43,15 @@ struct Scratch {
 struct Tasks {
   int64_t queries, slots, per_slot, block, count, grain;
 
-  Tasks(int64_t heads, int64_t queries_, int64_t work) : queries(queries_) {
+  // at least `tall` queries to a task, at most `most` to a block
+  Tasks(int64_t heads, int64_t queries_, int64_t work, int64_t tall, int64_t most)
+      : queries(queries_) {
     const int64_t threads = work < kSerialWork ? 1 : at::get_num_threads();
-    const int64_t tiles = (queries + kTileRows - 1) / kTileRows;
+    const int64_t tiles = (queries + tall - 1) / tall;
     slots = std::clamp<int64_t>((threads + heads - 1) / heads, 1, tiles);
-    per_slot = (queries + slots - 1) / slots;
+    per_slot = ((queries + slots - 1) / slots + tall - 1) / tall * tall;
     slots = (queries + per_slot - 1) / per_slot;
-    block = std::min(per_slot, kQueries);
+    block = std::min(std::min(queries, per_slot), most);
     count = heads * slots;
     grain = threads > 1 ? 1 : count;
   }
@@ -114,13 +116,22 @@ struct Attention {
     Tp = padded<acc_t>(T);
     wanted += g.wanted ? g.T : 0;
     groups.push_back(g);
-    // Few keys weigh more each than many. They come last in the sum over all: after a large term
-    // every small one would be rounded to its grid.
+    place(1);
+  }
+
+  // Puts the groups side by side, each in a multiple of `step` places, and returns the end of the
+  // last. Few keys weigh more each than many. They come last in the sum over all: after a large
+  // term every small one would be rounded to its grid.
+  int64_t place(int64_t step) {
+    int64_t end = 0;
     for (auto& a : groups) {
+      const auto room = [step](const auto& g) { return (g.T + step - 1) / step * step; };
       a.first = 0;
       for (const auto& b : groups)
-        if (b.T > a.T || (b.T == a.T && &b < &a)) a.first += b.T;
+        if (b.T > a.T || (b.T == a.T && &b < &a)) a.first += room(b);
+      end = std::max(end, a.first + room(a));
     }
+    return end;
   }
 
   int64_t work() const { return 2 * B * Q * C * T; }

@@ -93,17 +93,23 @@ void pack_rows(acc_t* dst, int64_t width, const scalar_t* src, int64_t ld, int64
 }
 
 #if defined(__AVX512BF16__) && defined(CPU_CAPABILITY_AVX512)
-// out[64] = even[0], odd[0], even[1], odd[1], ... of 32 16-bit values each
-inline void interleave(at::BFloat16* out, const at::BFloat16* even, const at::BFloat16* odd) {
+// out[2 n] = even[0], odd[0], even[1], odd[1], ... of n 16-bit values each, at most 32; zeros for
+// an odd that is null
+inline void interleave(at::BFloat16* out, const at::BFloat16* even, const at::BFloat16* odd,
+                       int64_t n) {
   alignas(64) static constexpr auto kOrder = [] {
     std::array<int16_t, 64> order{};
     for (int16_t i = 0; i < 64; ++i) order[i] = static_cast<int16_t>(i / 2 + 32 * (i % 2));
     return order;
   }();
-  const __m512i a = _mm512_loadu_si512(even), b = _mm512_loadu_si512(odd);
-  for (int half = 0; half < 2; ++half) {
-    const __m512i order = _mm512_load_si512(kOrder.data() + 32 * half);
-    _mm512_storeu_si512(out + 32 * half, _mm512_permutex2var_epi16(a, order, b));
+  const auto some = static_cast<__mmask32>((uint64_t(1) << n) - 1);
+  const __m512i a = _mm512_maskz_loadu_epi16(some, even);
+  const __m512i b = odd ? _mm512_maskz_loadu_epi16(some, odd) : _mm512_setzero_si512();
+  for (int64_t first = 0; first < n; first += 16) {
+    const int64_t pairs = std::min<int64_t>(16, n - first);
+    const __m512i order = _mm512_load_si512(kOrder.data() + 2 * first);
+    _mm512_mask_storeu_epi32(out + 2 * first, static_cast<__mmask16>((1u << pairs) - 1),
+                             _mm512_permutex2var_epi16(a, order, b));
   }
 }
 #endif
@@ -171,7 +177,9 @@ inline void pack_row_pairs(float* dst, int64_t width, const at::BFloat16* src, i
     }
     int64_t c = 0;
 #if defined(__AVX512BF16__) && defined(CPU_CAPABILITY_AVX512)
-    for (; j + 1 < k && c + 32 <= cols; c += 32) interleave(out + 2 * c, even + c, odd + c);
+    for (; c < cols; c += 32)
+      interleave(out + 2 * c, even + c, j + 1 < k ? odd + c : nullptr,
+                 std::min<int64_t>(32, cols - c));
 #endif
     for (; c < cols; ++c) {
       out[2 * c] = even[c];
