@@ -13,46 +13,10 @@
 
 #include "../attention_groups.h"
 #include "attention_columns.h"
+#include "attention_rows.h"
 
 namespace lorakern {
 namespace {
-
-// What a thread holds of one head and one block of queries.
-template <typename scalar, bool kPairs>
-class ForwardRows {
- public:
-  using scalar_t = scalar;
-  using acc_t = at::opmath_type<scalar_t>;
-  static constexpr int64_t kTall = kTileRows, kMost = kQueries;
-
-  ForwardRows(const Attention<scalar_t>& given, int64_t queries)
-      : p(given), scratch(p.d * p.Tp + p.T * (p.dp + p.d) + queries * (p.Tp + p.dp)),
-        s(scratch.take(queries * p.Tp)), rows(scratch.take(queries * p.dp)) {}
-
-  void head(int64_t b, int64_t h) {
-    p.template pack_columns<kPairs>(keys, gathered, &Group<scalar_t>::k, b, h);
-    p.pack_tokens(values, &Group<scalar_t>::v, b, h);
-  }
-
-  void block(scalar_t* out, int64_t b, int64_t h, int64_t row, int64_t count) {
-    const int64_t at = (b * p.Q + row) * p.C + h * p.d;
-    p.template scores<kPairs>(s, p.q + at, rows, count, keys);
-    for (int64_t i = 0; i < count; ++i) {
-      for (const auto& g : p.groups)
-        g.template softmax<false>(s + i * p.Tp + g.first, nullptr, p.factor, g.weight(b, row + i));
-    }
-    p.weigh(out + at, s, values, rows, count);
-  }
-
- private:
-  const Attention<scalar_t>& p;
-  Scratch<acc_t> scratch;
-  acc_t* const s;
-  acc_t* const rows;
-  acc_t* const keys = scratch.take(p.d * p.Tp);
-  acc_t* const values = scratch.take(p.T * p.dp);
-  acc_t* const gathered = scratch.take(p.T * p.d);
-};
 
 template <typename Forward, typename scalar_t>
 void forward(const Attention<scalar_t>& p, scalar_t* out) {
@@ -69,54 +33,24 @@ void forward(const Attention<scalar_t>& p, scalar_t* out) {
 }
 
 // dk and dv: [rows of the wanted groups, C], or null
-template <typename scalar_t, bool kPairs>
+template <typename Backward, typename scalar_t>
 void backward(const Attention<scalar_t>& p, const scalar_t* dout, scalar_t* dq, scalar_t* dk,
               scalar_t* dv) {
   using acc_t = at::opmath_type<scalar_t>;
-  const Tasks tasks(p.B * p.H, p.Q, 3 * p.work(), kTileRows, kQueries);
+  const Tasks tasks(p.B * p.H, p.Q, 3 * p.work(), Backward::kTall, Backward::kMost);
   const int64_t share = p.wanted * p.dp;
   // [task, dk or dv, wanted token, dp]
   Scratch<acc_t> shares(2 * share * tasks.count);
   acc_t* const sums = shares.take(2 * share * tasks.count);
   at::parallel_for(0, tasks.count, tasks.grain, [&](int64_t begin, int64_t end) {
-    Scratch<acc_t> scratch(2 * p.d * p.Tp + p.T * (p.dp + p.d) +
-                           tasks.block * (2 * p.Tp + 3 * p.dp));
-    acc_t* const keys = scratch.take(p.d * p.Tp);
-    acc_t* const values = scratch.take(p.d * p.Tp);
-    acc_t* const key_rows = scratch.take(p.T * p.dp);
-    acc_t* const gathered = scratch.take(p.T * p.d);
-    acc_t* const s = scratch.take(tasks.block * p.Tp);
-    acc_t* const ds = scratch.take(tasks.block * p.Tp);
-    acc_t* const q_rows = scratch.take(tasks.block * p.dp);
-    acc_t* const dout_rows = scratch.take(tasks.block * p.dp);
-    acc_t* const dq_rows = scratch.take(tasks.block * p.dp);
+    Backward own(p, tasks.block, dq != nullptr);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t head = task / tasks.slots, b = head / p.H, h = head % p.H;
-      p.template pack_columns<kPairs>(keys, gathered, &Group<scalar_t>::k, b, h);
-      p.template pack_columns<kPairs>(values, gathered, &Group<scalar_t>::v, b, h);
-      if (dq) p.pack_tokens(key_rows, &Group<scalar_t>::k, b, h);
-      acc_t* const dk_sums = sums + 2 * share * task;
-      std::fill(dk_sums, dk_sums + 2 * share, acc_t(0));
+      own.head(b, h);
+      acc_t* const mine = sums + 2 * share * task;
+      std::fill(mine, mine + 2 * share, acc_t(0));
       tasks.each_block(task, [&](int64_t row, int64_t count) {
-        const int64_t at = (b * p.Q + row) * p.C + h * p.d;
-        p.template scores<kPairs>(s, p.q + at, q_rows, count, keys);
-        p.template scores<kPairs>(ds, dout + at, dout_rows, count, values);
-        for (int64_t i = 0; i < count; ++i) {
-          for (const auto& g : p.groups) {
-            const int64_t j = i * p.Tp + g.first;
-            g.template softmax<true>(s + j, ds + j, p.factor, g.weight(b, row + i));
-          }
-        }
-        if (dq) p.weigh(dq + at, ds, key_rows, dq_rows, count);
-        if (!p.wanted) return;
-        const Rows<acc_t> q_of = p.rows(p.q + at, q_rows, count);
-        const Rows<acc_t> dout_of = p.rows(dout + at, dout_rows, count);
-        for (const auto& g : p.groups) {
-          if (!g.wanted) continue;
-          acc_t* const to = dk_sums + g.sums * p.dp;
-          add_transposed(to, g.T, p.dp, {ds + g.first, p.Tp}, q_of, count);
-          add_transposed(to + share, g.T, p.dp, {s + g.first, p.Tp}, dout_of, count);
-        }
+        own.block(dout, dq, mine, b, h, row, count);
       });
     }
   });
@@ -140,13 +74,29 @@ void backward(const Attention<scalar_t>& p, const scalar_t* dout, scalar_t* dq, 
   });
 }
 
+template <typename scalar_t, bool kPairs>
+struct InRows {
+  using Forward = ForwardRows<scalar_t, kPairs>;
+  using Backward = BackwardRows<scalar_t, kPairs>;
+};
+
+#if defined(LORAKERN_AMX)
+struct InColumns {
+  using Forward = amx::ForwardColumns;
+  using Backward = amx::BackwardColumns;
+};
+#endif
+
 // bfloat16 pairs are multiplied as they are when a head holds a whole number of them
 template <typename scalar_t, typename Run>
-void with_pairs(int64_t d, const Run& run) {
-  if constexpr (kHasPairs && std::is_same_v<scalar_t, at::BFloat16>) {
-    if (d % 2 == 0) return run(std::true_type{});
+void with_kernels(const Attention<scalar_t>& p, const Run& run) {
+  if constexpr (kPairsOf<scalar_t>) {
+#if defined(LORAKERN_AMX)
+    if (amx::ready()) return run(InColumns{});
+#endif
+    if (p.d % 2 == 0) return run(InRows<scalar_t, true>{});
   }
-  run(std::false_type{});
+  run(InRows<scalar_t, false>{});
 }
 
 template <typename scalar_t>
@@ -176,14 +126,9 @@ at::Tensor decoupled_attention_fwd_cpu(const at::Tensor& q, at::TensorList keys,
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, q.scalar_type(), "decoupled_attention", [&] {
         const auto p = attention<scalar_t>(given, q, scales, heads, nullptr);
-        auto* const to = out.mutable_data_ptr<scalar_t>();
-#if defined(LORAKERN_AMX)
-        if constexpr (std::is_same_v<scalar_t, at::BFloat16>) {
-          if (amx::ready()) return forward<amx::ForwardColumns>(p, to);
-        }
-#endif
-        with_pairs<scalar_t>(
-            p.d, [&](auto pairs) { forward<ForwardRows<scalar_t, pairs.value>>(p, to); });
+        with_kernels(p, [&](auto kernels) {
+          forward<typename decltype(kernels)::Forward>(p, out.mutable_data_ptr<scalar_t>());
+        });
       });
   return out;
 }
@@ -206,11 +151,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> decoupled_attention_bwd_cpu(
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, q.scalar_type(), "decoupled_attention", [&] {
         const auto p = attention<scalar_t>(given, q, scales, heads, &needs);
-        with_pairs<scalar_t>(p.d, [&](auto pairs) {
-          backward<scalar_t, pairs.value>(p, dout.const_data_ptr<scalar_t>(),
-                                          need_dq ? dq.mutable_data_ptr<scalar_t>() : nullptr,
-                                          dk.mutable_data_ptr<scalar_t>(),
-                                          dv.mutable_data_ptr<scalar_t>());
+        with_kernels(p, [&](auto kernels) {
+          backward<typename decltype(kernels)::Backward>(
+              p, dout.const_data_ptr<scalar_t>(),
+              need_dq ? dq.mutable_data_ptr<scalar_t>() : nullptr, dk.mutable_data_ptr<scalar_t>(),
+              dv.mutable_data_ptr<scalar_t>());
         });
       });
   return {dq, dk, dv};
