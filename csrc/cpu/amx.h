@@ -36,7 +36,8 @@ inline bool ready() {
 // the compiler does not know that a tile is loaded from memory: what was written before is there
 inline void written() { asm volatile("" ::: "memory"); }
 
-// the shapes of all tiles while it lives: `upper` and `lower` rows of sums and of a
+// The shapes of all tiles while it lives: `upper` and `lower` rows of sums and of a. No other of a
+// thread may be used while it lives. To set one costs hundreds of cycles.
 class Shapes {
  public:
   Shapes() = default;
@@ -46,7 +47,8 @@ class Shapes {
     if (upper_) _tile_release();
   }
   void set(int upper, int lower) {
-    if (upper == upper_ && lower == lower_) return;
+    // no lower rows use no lower tiles
+    if (upper == upper_ && (lower == lower_ || lower == 0)) return;
     upper_ = upper;
     lower_ = lower;
     alignas(64) struct {
@@ -168,9 +170,8 @@ void tiles(float* c, int64_t ldc, bool add, int upper, int lower, const Term& fi
 
 // c[rows, 32 if wide, else 16] (+)= a b + a2 b2
 template <bool kColumnMajor, typename Term>
-void multiply_panel(float* c, int64_t ldc, bool add, int64_t rows, bool wide, Term first,
-                    Term second) {
-  Shapes shapes;
+void multiply_panel(Shapes& shapes, float* c, int64_t ldc, bool add, int64_t rows, bool wide,
+                    Term first, Term second) {
   const std::array<Tail, 2> tails{Tail(first, wide), Tail(second, wide)};
   written();
   for (int64_t row = 0; row < rows; row += 2 * kSide) {
@@ -184,6 +185,13 @@ void multiply_panel(float* c, int64_t ldc, bool add, int64_t rows, bool wide, Te
     run(c + row * ldc, ldc, add, upper, lower, first, second, tails);
     for (Term* term : {&first, &second}) term->a += 2 * kSide * (kColumnMajor ? 1 : term->lda);
   }
+}
+
+template <bool kColumnMajor, typename Term>
+void multiply_panel(float* c, int64_t ldc, bool add, int64_t rows, bool wide, const Term& first,
+                    const Term& second) {
+  Shapes shapes;
+  multiply_panel<kColumnMajor>(shapes, c, ldc, add, rows, wide, first, second);
 }
 
 }  // namespace lorakern::amx

@@ -68,8 +68,9 @@ class Columns {
       : p(given), tokens(p.place(2)), lanes(whole(p.d, 2 * kSide) / 2),
         depth(whole(tokens, 2 * kSide) / 2) {}
 
-  // room[tokens, lanes] = an operand's rows of channels
+  // to[2 depth, lanes] = an operand's rows of channels
   void pack(float* to, Operand operand, int64_t b, int64_t h) const {
+    std::fill(to + tokens * lanes, to + 2 * depth * lanes, 0.0f);
     for (const auto& g : p.groups)
       copy_rows(to + g.first * lanes, lanes, g.*operand + b * g.T * p.C + h * p.d, p.C, g.T, p.d,
                 whole(g.T, 2));
@@ -90,25 +91,35 @@ class Columns {
     pack_transposed(columns, kBlock, rows, lanes, kBlock, lanes);
   }
 
-  // s[tokens, count] = keys[tokens, lanes] columns[lanes, count]
-  void scores(float* s, const float* keys, const float* columns, int64_t count) const {
-    multiply_panel<false>(s, kBlock, false, tokens, count > kSide,
+  // The next block's rows of x on their way: they lie far apart, where no hardware expects them.
+  template <int kWrite>
+  void expect(const scalar_t* x, int64_t row, int64_t count) const {
+    const int64_t end = std::min(p.Q - row, count + kBlock);
+    for (int64_t i = count; i < end; ++i) {
+      for (int64_t c = 0; c < p.d + 31; c += 32)
+        __builtin_prefetch(x + i * p.C + std::min(c, p.d - 1), kWrite, 2);
+    }
+  }
+
+  // s[2 depth, count] = keys[2 depth, lanes] columns[lanes, count]
+  void scores(float* s, const float* keys, const float* columns, int64_t count) {
+    multiply_panel<false>(shapes, s, kBlock, false, 2 * depth, count > kSide,
                           Term<float>{keys, lanes, columns, kBlock, lanes}, Term<float>{});
   }
 
   // out[count, d], C apart, = (turned[dp, depth] s[2 depth, count])ᵀ, s in pairs of rows
-  void weigh(scalar_t* out, float* room, const float* turned, const float* s, int64_t count) const {
-    multiply_panel<false>(room, kBlock, false, p.d, count > kSide,
+  void weigh(scalar_t* out, float* room, const float* turned, const float* s, int64_t count) {
+    multiply_panel<false>(shapes, room, kBlock, false, p.dp, count > kSide,
                           Term<float>{turned, depth, s, 2 * kBlock, depth},
                           Term<float>{turned, depth, s + kBlock, 2 * kBlock, depth});
     store_columns(out, p.C, room, count, p.d);
   }
 
   // sums[g.T, dp] += p[g.T, 32] x[32, dp], p in rows and x in pairs of rows
-  void add_outer(float* sums, const float* rows, const float* pairs, const Group<scalar_t>& g) const {
+  void add_outer(float* sums, const float* rows, const float* pairs, const Group<scalar_t>& g) {
     const float* const from = rows + g.first * kBlock;
     for (int64_t j = 0; j < p.dp; j += kBlock)
-      multiply_panel<false>(sums + j, p.dp, true, g.T, j + kBlock <= p.dp,
+      multiply_panel<false>(shapes, sums + j, p.dp, true, g.T, j + kBlock <= p.dp,
                             Term<float>{from, kBlock, pairs + j, p.dp, kSide},
                             Term<float>{from + kSide, kBlock, pairs + j, p.dp, kSide});
   }
@@ -136,6 +147,7 @@ class Columns {
 
   Attention<scalar_t> p;
   int64_t tokens, lanes, depth;
+  Shapes shapes;
 };
 
 class ForwardColumns : Columns {
@@ -143,10 +155,8 @@ class ForwardColumns : Columns {
   using Columns::kMost, Columns::kTall;
 
   ForwardColumns(const Attention<scalar_t>& given, int64_t)
-      : Columns(given), scratch(tokens * lanes + 2 * p.dp * depth + 2 * lanes * kBlock +
-                                2 * depth * kBlock + 2 * lanes * kBlock) {
-    std::fill_n(s, 2 * depth * kBlock, 0.0f);
-  }
+      : Columns(given), scratch(2 * depth * lanes + 2 * p.dp * depth + 2 * lanes * kBlock +
+                                2 * depth * kBlock + 2 * lanes * kBlock) {}
 
   void head(int64_t b, int64_t h) {
     pack(keys, &Group<scalar_t>::k, b, h);
@@ -156,14 +166,16 @@ class ForwardColumns : Columns {
   void block(scalar_t* out, int64_t b, int64_t h, int64_t row, int64_t count) {
     const int64_t at = (b * p.Q + row) * p.C + h * p.d;
     stand(columns, rows, p.q + at, count);
+    expect<0>(p.q + at, row, count);
     scores(s, keys, columns, count);
     softmax_all<false>(s, s, nullptr, b, row, count);
+    expect<1>(out + at, row, count);
     weigh(out + at, sums, values, s, count);
   }
 
  private:
   Scratch<float> scratch;
-  float* const keys = scratch.take(tokens * lanes);
+  float* const keys = scratch.take(2 * depth * lanes);
   float* const values = scratch.take(p.dp * depth);
   float* const room = scratch.take(p.dp * depth);
   float* const rows = scratch.take(lanes * kBlock);
@@ -178,10 +190,8 @@ class BackwardColumns : Columns {
 
   BackwardColumns(const Attention<scalar_t>& given, int64_t, bool need_dq)
       : Columns(given), need_dq(need_dq),
-        scratch(2 * tokens * lanes + 2 * p.dp * depth + 6 * lanes * kBlock +
-                (2 * tokens + 2 * depth) * kBlock + 2 * kSide * p.dp) {
-    std::fill_n(ds, 2 * depth * kBlock, 0.0f);
-  }
+        scratch(4 * depth * lanes + 2 * p.dp * depth + 6 * lanes * kBlock + 6 * depth * kBlock +
+                2 * kSide * p.dp) {}
 
   void head(int64_t b, int64_t h) {
     pack(keys, &Group<scalar_t>::k, b, h);
@@ -194,10 +204,13 @@ class BackwardColumns : Columns {
              int64_t count) {
     const int64_t at = (b * p.Q + row) * p.C + h * p.d;
     stand(columns, q_rows, p.q + at, count);
+    expect<0>(p.q + at, row, count);
     scores(s, keys, columns, count);
     stand(columns, dout_rows, dout + at, count);
+    expect<0>(dout + at, row, count);
     scores(ds, values, columns, count);
     softmax_all<true>(s, ds, ds_rows, b, row, count);
+    if (need_dq) expect<1>(dq + at, row, count);
     if (need_dq) weigh(dq + at, dq_sums, turned_keys, ds, count);
     if (!p.wanted) return;
     pair_rows(q_pairs, q_rows);
@@ -213,17 +226,17 @@ class BackwardColumns : Columns {
  private:
   const bool need_dq;
   Scratch<float> scratch;
-  float* const keys = scratch.take(tokens * lanes);
-  float* const values = scratch.take(tokens * lanes);
+  float* const keys = scratch.take(2 * depth * lanes);
+  float* const values = scratch.take(2 * depth * lanes);
   float* const turned_keys = scratch.take(p.dp * depth);
   float* const room = scratch.take(p.dp * depth);
   float* const columns = scratch.take(lanes * kBlock);
   float* const q_rows = scratch.take(lanes * kBlock);
   float* const dout_rows = scratch.take(lanes * kBlock);
   float* const dq_sums = scratch.take(2 * lanes * kBlock);
-  float* const s = scratch.take(tokens * kBlock);
+  float* const s = scratch.take(2 * depth * kBlock);
   float* const ds = scratch.take(2 * depth * kBlock);
-  float* const ds_rows = scratch.take(tokens * kBlock);
+  float* const ds_rows = scratch.take(2 * depth * kBlock);
   float* const q_pairs = scratch.take(kSide * p.dp);
   float* const dout_pairs = scratch.take(kSide * p.dp);
 };
