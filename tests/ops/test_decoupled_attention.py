@@ -35,6 +35,10 @@ SHAPES = [
     (2, 5, 4, 12, (130,), ()),  # no image at all
     (1, 65, 1, 96, (9, 33), ()),
     (1, 17, 2, 128, (16, 8), (0,)),
+    # in bfloat16 a tile has 16 queries, 32 tokens, 32 channels: a block of one tile, groups of odd
+    # sizes side by side, odd channels
+    (1, 16, 2, 33, (31, 1, 17), (1,)),
+    (2, 49, 1, 7, (1, 33), ()),
 ]
 
 
