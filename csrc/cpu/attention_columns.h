@@ -1,4 +1,4 @@
-// decoupled_attention of bfloat16 in AMX tiles, on machines that have them: queries stand in columns.
+// decoupled_attention of bfloat16 in AMX tiles, where a machine has them: queries in columns.
 //
 // s[T, 32] = k qᵀ for a block of 32 queries. A softmax then goes down the rows, with 16 queries in a
 // vector and nothing to add up across one, and two rows of p are the pairs that the right side of
