@@ -137,9 +137,9 @@ def forced(op: str | Op) -> str | None:
     return _forced.get(_find(op).name, _forced.get("*"))
 
 
-def whole(fwd: Op, bwd: Op, function: str, *args) -> Callable | None:
-    """The native function that is both directions of cpp, where forward's arguments pick cpp."""
-    if pick(fwd, *args) == "cpp" and forced(bwd) in (None, "cpp"):
+def whole(fwd: str | Op, bwd: str | Op, function: str, *args, kind: str = "cpp") -> Callable | None:
+    """The native function that is both directions of a kind, where forward's arguments pick it."""
+    if pick(fwd, *args) == kind and forced(bwd) in (None, kind):
         return getattr(torch.ops.lorakern_native, function).default
     return None
 

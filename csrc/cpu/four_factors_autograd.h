@@ -8,7 +8,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "four_factors.h"
-#include "once.h"
+#include "../once.h"
 
 namespace lorakern {
 

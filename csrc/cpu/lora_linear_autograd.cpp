@@ -15,7 +15,7 @@
 #include "gain.h"
 #include "linear.h"
 #include "lora_linear.h"
-#include "once.h"
+#include "../once.h"
 
 namespace lorakern {
 namespace {

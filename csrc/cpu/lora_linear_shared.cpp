@@ -44,55 +44,6 @@ scalar_t* mutable_or_null(const at::Tensor& t) {
 
 }  // namespace
 
-SharedLayers::SharedLayers(at::TensorList weights_,
-                           const c10::List<std::optional<at::Tensor>>& biases_,
-                           at::TensorList downs_, at::TensorList ups_,
-                           at::ArrayRef<double> scales_)
-    : scales(scales_.vec()) {
-  const size_t n = weights_.size();
-  TORCH_CHECK_VALUE(n > 0 && biases_.size() == n && downs_.size() == n && ups_.size() == n &&
-                        scales.size() == n,
-                    "want a weight, bias, down, up and scale for each of at least one layer, got ",
-                    n, ", ", biases_.size(), ", ", downs_.size(), ", ", ups_.size(), " and ",
-                    scales.size());
-  for (size_t j = 0; j < n; ++j) {
-    const std::optional<at::Tensor> bias = biases_.get(j);
-    weights.push_back(weights_[j].contiguous());
-    biases.push_back(bias ? bias->contiguous() : at::Tensor());
-    downs.push_back(downs_[j].contiguous());
-    ups.push_back(ups_[j].contiguous());
-  }
-}
-
-int64_t SharedLayers::ranks() const {
-  int64_t sum = 0;
-  for (const at::Tensor& down : downs) sum += down.size(0);
-  return sum;
-}
-
-void SharedLayers::check(const at::Tensor& x) const {
-  check_contiguous(x, "x");
-  const int64_t I = x.size(-1);
-  for (size_t j = 0; j < size(); ++j) {
-    const int64_t O = weights[j].size(0), R = downs[j].size(0);
-    check_shape(weights[j], "weight", {O, I});
-    check_shape(downs[j], "down", {R, I});
-    check_shape(ups[j], "up", {O, R});
-    for (const auto& [t, name] :
-         {std::pair{&weights[j], "weight"}, {&downs[j], "down"}, {&ups[j], "up"}})
-      check_like(*t, name, x);
-    if (!biases[j].defined()) continue;
-    check_shape(biases[j], "bias", {O});
-    check_like(biases[j], "bias", x);
-  }
-}
-
-at::Tensor rows_like(const at::Tensor& x, int64_t columns) {
-  auto sizes = x.sizes().vec();
-  sizes.back() = columns;
-  return at::empty(sizes, x.options());
-}
-
 void shared_forward(const at::Tensor& x, const SharedLayers& layers, std::vector<at::Tensor>& ys,
                     at::Tensor& h) {
   const int64_t I = x.size(-1), S = layers.ranks(), M = rows_in(h);
@@ -156,18 +107,11 @@ SharedGradients shared_backward(const at::Tensor& x, const at::Tensor& h,
                                 const std::vector<bool>& needs) {
   const size_t n = layers.size();
   const int64_t I = x.size(-1), S = layers.ranks(), M = rows_in(h);
-  SharedGradients grads;
-  const auto make = [&](bool need, at::IntArrayRef sizes) {
-    if (!need) return at::Tensor();
-    return M > 0 ? at::empty(sizes, x.options()) : at::zeros(sizes, x.options());
-  };
-  grads.dx = make(needs[0], x.sizes());
+  SharedGradients grads = make_gradients(x, layers, needs, [&](const at::Tensor& t) {
+    return M > 0 ? at::empty(t.sizes(), x.options()) : at::zeros(t.sizes(), x.options());
+  });
   bool need_dh = needs[0];
-  for (size_t j = 0; j < n; ++j) {
-    grads.ddowns.push_back(make(needs[1 + j], layers.downs[j].sizes()));
-    grads.dups.push_back(make(needs[1 + n + j], layers.ups[j].sizes()));
-    need_dh = need_dh || needs[1 + j];
-  }
+  for (size_t j = 0; j < n; ++j) need_dh = need_dh || needs[1 + j];
   if (M == 0) return grads;
   const at::AutoDispatchBelowADInplaceOrView below;
   if (few_rows_of(x, M, layers, kFewRowsBackward)) {

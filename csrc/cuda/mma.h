@@ -94,6 +94,14 @@ __device__ __forceinline__ void load_tile(uint32_t (&words)[4], const scalar_t* 
   load_matrices<kTransposed>(words, tile + lane % 16 * pitch + lane / 16 * 8);
 }
 
+// Its transpose as a left operand
+template <typename scalar_t>
+__device__ __forceinline__ void load_columns(uint32_t (&words)[4], const scalar_t* tile,
+                                             int pitch) {
+  const int lane = threadIdx.x % 32;
+  load_matrices<true>(words, tile + (lane % 8 + lane / 16 * 8) * pitch + lane / 8 % 2 * 8);
+}
+
 // The same tile as two right operands, each of 8 of its rows, over its columns
 template <typename scalar_t>
 __device__ __forceinline__ void load_rows(uint32_t (&words)[4], const scalar_t* tile, int pitch) {

@@ -8,7 +8,8 @@
 //   that reads what no barrier has ordered gives other results in one of the two;
 // - a barrier that not all threads reach: std::logic_error;
 // - shared memory read before it is written: dynamic shared memory starts as NaN;
-// - a write past dynamic shared memory: std::logic_error.
+// - a write past dynamic shared memory: std::logic_error;
+// - a copy that is not waited for: it is made when its thread waits, and not before.
 // Left out on purpose: atomicAdd, for a sum in no fixed order has no fixed bits.
 //
 // __shared__ is thread_local, which at block scope is static and may be extern: dynamic shared
@@ -75,12 +76,20 @@ struct Warp {
   unsigned char values[2][32][16];
 };
 
+struct Copy {
+  void* to;
+  // null for zeros
+  const void* from;
+};
+
 // A fiber: it runs the body of one block after another, and stays where it is in between
 struct Thread {
   jmp_buf context;
   std::unique_ptr<char[]> stack;
   dim3 index;
   uint64_t exchanges = 0;
+  // copies to shared memory that it has not waited for, in groups; the last is not ended
+  std::vector<std::vector<Copy>> copies;
   bool done = false;
 };
 
@@ -152,6 +161,7 @@ inline void run_block(int count) {
     Thread& thread = block.threads[t];
     thread.index = dim3(t % blockDim.x, t / blockDim.x % blockDim.y, t / blockDim.x / blockDim.y);
     thread.exchanges = 0;
+    thread.copies.assign(1, {});
     thread.done = false;
   }
   const int warps = static_cast<int>(block.warps.size());

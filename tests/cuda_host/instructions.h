@@ -1,5 +1,5 @@
 // The matrix instructions of csrc/cuda/mma.h, lane by lane: PTX ISA, "Matrix Fragments for
-// mma.m16n8k16" and "ldmatrix".
+// mma.m16n8k16" and "ldmatrix"; and the copies of copy_async.h: "cp.async".
 
 #pragma once
 
@@ -58,6 +58,29 @@ void load_matrices(uint32_t (&words)[4], const void* shared) {
     for (int n = 0; n < 2; ++n)
       halves[n] = kTransposed ? row(8 * i + 2 * t + n)[g] : row(8 * i + g)[2 * t + n];
     words[i] = halves[0] | halves[1] << 16;
+  }
+}
+
+inline void copy_async(void* shared, const void* from, bool there) {
+  if (reinterpret_cast<uintptr_t>(shared) % 16 || (there && reinterpret_cast<uintptr_t>(from) % 16))
+    throw std::logic_error("a copy from or to an odd address");
+  cuda_host::block.threads[cuda_host::block.current].copies.back().push_back(
+      {shared, there ? from : nullptr});
+}
+
+inline void end_copies() {
+  cuda_host::block.threads[cuda_host::block.current].copies.emplace_back();
+}
+
+template <int kLater>
+void wait_copies() {
+  auto& groups = cuda_host::block.threads[cuda_host::block.current].copies;
+  while (groups.size() > kLater + 1) {
+    for (const auto& copy : groups.front()) {
+      if (copy.from) std::memcpy(copy.to, copy.from, 16);
+      else std::memset(copy.to, 0, 16);
+    }
+    groups.erase(groups.begin());
   }
 }
 

@@ -1,5 +1,6 @@
 """What lora_linear_shared asks of its arguments."""
 
+import torch
 from torch import Tensor
 
 from lorakern.ops import check
@@ -33,3 +34,23 @@ def check_layers(x: Tensor, weights, biases, downs, ups, scales) -> None:
             check.shapes(down=(down, [rank, x.shape[-1]]), up=(up, [len(weight), rank]))
         except ValueError as error:
             raise ValueError(f"layer {place}: {error}") from error
+
+
+def refuse_cuda(x: Tensor, *_) -> str | None:
+    """Why the CUDA kernel does not run on x; None when it does."""
+    if reason := check.only_cuda(x):
+        return reason
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        return f"{x.dtype}: the kernel multiplies 16-bit matrices"
+    if x.shape[-1] % 8:
+        return f"{x.shape[-1]} columns of x; the kernel reads 8 at once"
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return f"sm_{major}{minor}: the kernel needs sm_80" if major < 8 else None
+
+
+def refuse_cuda_bwd(x: Tensor, *rest) -> str | None:
+    """The same for the gradients."""
+    if reason := refuse_cuda(x):
+        return reason
+    need_dx = rest[-1][0]
+    return "dx is wanted; the kernel makes the gradients of downs and ups" if need_dx else None

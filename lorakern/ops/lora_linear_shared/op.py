@@ -1,6 +1,6 @@
 """lora_linear_shared: frozen linear layers with low-rank updates that read one input."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -9,15 +9,17 @@ from lorakern import backend
 from lorakern.backend import Kernel
 from lorakern.ops import check
 from lorakern.ops.lora_linear_shared import reference
-from lorakern.ops.lora_linear_shared.arguments import check_layers
+from lorakern.ops.lora_linear_shared.arguments import check_layers, refuse_cuda, refuse_cuda_bwd
+from lorakern.ops.lora_linear_shared.native import native
 
-# Triton has no kernel: there the layers go one by one (adapters/shared.py asks `native`)
+# no kernel for many rows on a GPU: there the layers go one by one (adapters/shared.py)
 _fwd = backend.define(
     "lora_linear_shared_fwd",
     "(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] downs, Tensor[] ups, Tensor[] scales)"
     " -> (Tensor y, Tensor h)",
     reference.lora_linear_shared_fwd,
     cpp=Kernel("native:lora_linear_shared_fwd_cpu", check.only_cpu),
+    cuda=Kernel("native:lora_linear_shared_fwd_cuda", refuse_cuda),
 )
 _bwd = backend.define(
     "lora_linear_shared_bwd",
@@ -25,6 +27,7 @@ _bwd = backend.define(
     " Tensor[] scales, bool[] needs) -> (Tensor dx, Tensor ddown, Tensor dup)",
     reference.lora_linear_shared_bwd,
     cpp=Kernel("native:lora_linear_shared_bwd_cpu", check.only_cpu),
+    cuda=Kernel("native:lora_linear_shared_bwd_cuda", refuse_cuda_bwd),
 )
 
 
@@ -68,9 +71,6 @@ class _LoraLinearShared(torch.autograd.Function):
         return dx if need_dx else None, None, None, None, *grads
 
 
-_whole: dict[torch.dtype, Callable | None] = backend.memory_of_picks()
-
-
 def lora_linear_shared(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -110,11 +110,3 @@ def lora_linear_shared(
         return run(*args)
     scales = [check.live(s) for s in scales]
     return [*_LoraLinearShared.apply(*args[:3], scales, *downs, *ups)]
-
-
-def native(x: Tensor) -> Callable | None:
-    """The function that is both directions of cpp, where it runs on x; else None."""
-    # by dtype: cpp does not refuse by shape
-    if x.is_cpu and x.dtype not in _whole:
-        _whole[x.dtype] = backend.whole(_fwd, _bwd, "lora_linear_shared_cpu", x)
-    return _whole[x.dtype] if x.is_cpu else None
