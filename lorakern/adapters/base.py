@@ -60,8 +60,8 @@ class Adapter(nn.Module):
     algo: str
     factors: tuple[str, ...] = ()
     kinds: tuple[str, ...] = tuple(layers.KINDS)
-    # of siblings that read one input; see shared.py
-    _shared = None
+    # of siblings that read one input, and of all that read a text; see shared.py, shared_text.py
+    _shared = _text = None
 
     def __init__(
         self,

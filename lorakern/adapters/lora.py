@@ -78,7 +78,8 @@ class Lora(LowRank):
                 return super().forward(input)
             dtype = input.dtype
             if not torch._C._is_any_autocast_enabled():
-                if self._shared is not None and (y := self._shared.output(self, input)) is not None:
+                group = self._shared if input.is_cpu else self._text
+                if group is not None and (y := group.output(self, input)) is not None:
                     return y
                 if down.dtype is not dtype or up.dtype is not dtype:
                     down, up = down.to(dtype), up.to(dtype)

@@ -10,6 +10,7 @@ from lorakern.adapters import layers
 from lorakern.adapters import targets as choice
 from lorakern.adapters.base import ALGOS, Adapter
 from lorakern.adapters.shared import link
+from lorakern.adapters.shared_text import link_text
 
 
 def inject(
@@ -124,7 +125,7 @@ def eject(model: nn.Module, name: str | None = None) -> None:
     swap: dict[nn.Module, nn.Module] = {}
     paths = find(model, name)
     for outer in _outermost(model, name):
-        outer._shared = None
+        outer._shared = outer._text = None
         outer.unmerge()
         keep = [a for a in reversed(outer.chain()) if name is not None and a.name != name]
         layer = outer.root
@@ -202,11 +203,12 @@ def _make(layer, path, algo, *, name, rank, alpha, options) -> Adapter:
 
 
 def _link(model: nn.Module, paths: Iterable[str]) -> None:
-    """Groups of siblings that share an input, anew where layers of these paths changed."""
+    """Groups that share an input, anew: of siblings where layers of these paths changed."""
     # not get_submodule, which takes a layer called `to` for the method
     modules = dict(model.named_modules(remove_duplicate=False))
     for parent in {path.rpartition(".")[0] for path in paths}:
         link(modules[parent])
+    link_text(model)
 
 
 def _adapters(model: nn.Module) -> list[Adapter]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakern.adapters.base import ALGOS, Adapter
-from lorakern.ops.lora_linear_shared.op import native
+from lorakern.ops.lora_linear_shared.native import native
 
 # diffusers, transformers, Llama's own code; in the order of the calls
 SIBLINGS = (
@@ -23,6 +23,8 @@ SIBLINGS = (
     ("gate_proj", "up_proj"),
     ("w1", "w3"),
 )
+# on a GPU, where a product of so many rows is worth its launches: text of 13 images
+FEW_ROWS = 1024
 _latest = threading.local()
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
@@ -34,7 +36,7 @@ def link(parent: nn.Module) -> None:
     """
     for names in SIBLINGS:
         found = {n: m for n in names if isinstance(m := parent._modules.get(n), Adapter)}
-        able = {n: m for n, m in found.items() if _may_share(m)}
+        able = {n: m for n, m in found.items() if may_share(m)}
         if getattr(parent, "is_cross_attention", False):
             able = {n: m for n, m in able.items() if n not in ("to_q", "q_proj")}
         widths = [m.in_features for m in able.values()]
@@ -45,12 +47,17 @@ def link(parent: nn.Module) -> None:
 
 
 def wins(x: Tensor, members: Sequence[Adapter]) -> bool:
-    """Whether one call on a CPU is faster than one a layer, as measured.
+    """Whether one call is faster than one a layer.
 
-    What it saves is the gradients of x that would be added up. It pays where enough rows meet the
-    weights, packed in the type of the sums, and these fit in one pass (kGroupBytes of csrc).
+    On a CPU, as measured: what it saves is the gradients of x that would be added up. It pays where
+    enough rows meet the weights, packed in the type of the sums, and these fit in one pass
+    (kGroupBytes of csrc). On a GPU, by count: what it saves is launches, which are the time of a
+    layer that meets few rows; of the gradients its kernel makes those of the factors alone.
     """
-    if not (x.requires_grad and torch.is_grad_enabled() and x.numel() >= 256 * x.shape[-1]):
+    dx = x.requires_grad and torch.is_grad_enabled()
+    if not x.is_cpu:
+        return not dx and x.numel() <= FEW_ROWS * x.shape[-1]
+    if not (dx and x.numel() >= 256 * x.shape[-1]):
         return False
     size = sum(m.root.weight.numel() for m in members)
     return size * (8 if x.dtype is torch.float64 else 4) <= 2**24
@@ -62,7 +69,7 @@ class SharedInput:
     def __init__(self, members: Sequence[Adapter]):
         # weak: a member holds its group, and a model is freed when its last name goes
         self._members = [weakref.ref(m) for m in members]
-        self._kept: _Kept | None = None
+        self._kept: Kept | None = None
 
     def __getstate__(self) -> list[Adapter | None]:
         return [m() for m in self._members]
@@ -90,30 +97,21 @@ class SharedInput:
     def _is_first(self, member: Adapter) -> bool:
         return len(self._members) > 1 and self._members[0]() is member
 
-    def _missed(self, kept: "_Kept") -> None:
+    def _missed(self, kept: "Kept") -> None:
         """Forget what was kept. The first member does not read what the others do, so it leaves.
 
         Not while hooks wait for saved tensors: checkpointing counts those of its second forward.
         """
         self._kept = None
-        if not (kept.hooked or _hooked()):
+        if not (kept.hooked or hooked()):
             self._members = self._members[1:]
 
     def _compute(self, x: Tensor) -> Tensor | None:
         members = [m() for m in self._members]
-        if None in members or not wins(x, members):
+        if None in members or (made := together(x, members)) is None:
             return None
-        if not (_plain(x) and (run := native(x)) and all(_ready(m, x) for m in members)):
-            return None
-        tensors = [_tensors(m) for m in members]
-        weights, biases, downs, ups = map(list, zip(*tensors, strict=True))
-        if any(t.is_inference() for t in (*weights, *downs, *ups)):
-            return None
-        if any(f.dtype is not x.dtype for f in (*downs, *ups)):
-            downs, ups = ([f.to(x.dtype) for f in some] for some in (downs, ups))
-        # what the public function would ask, _ready asked, and the kernel asks for shapes
-        first, *ys = run(x.contiguous(), weights, biases, downs, ups, [m.scale for m in members])
-        self._kept = _Kept(x, members[1:], ys, tensors[1:])
+        (first, *ys), tensors = made
+        self._kept = Kept(x, members[1:], ys, tensors[1:])
         # at most one group of a thread has outputs that wait
         last, _latest.group = getattr(_latest, "group", None), weakref.ref(self)
         other = last() if last is not None else None
@@ -122,12 +120,34 @@ class SharedInput:
         return first
 
 
-class _Kept:
+def together(x: Tensor, members: list[Adapter]) -> tuple[list[Tensor], list[tuple]] | None:
+    """The members' outputs on x by one call, and the tensors of each.
+
+    None where calls of their own would give others, or be faster.
+    """
+    if not wins(x, members):
+        return None
+    if not (_plain(x) and (run := native(x)) and all(_ready(m, x) for m in members)):
+        return None
+    tensors = [_tensors(m) for m in members]
+    weights, biases, downs, ups = map(list, zip(*tensors, strict=True))
+    if any(t.is_inference() for t in (*weights, *downs, *ups)):
+        return None
+    factors = {f.dtype for f in (*downs, *ups)}
+    # a GPU's kernel reads float32 ones as they are
+    if factors != {x.dtype} and (x.is_cpu or factors != {torch.float32}):
+        downs, ups = ([f.to(x.dtype) for f in some] for some in (downs, ups))
+    # what the public function would ask, _ready asked, and the kernel asks for shapes
+    ys = run(x.contiguous(), weights, biases, downs, ups, [m.scale for m in members])
+    return ys, tensors
+
+
+class Kept:
     """Outputs that wait for their calls, and what they were computed of."""
 
     def __init__(self, x: Tensor, members: list[Adapter], ys: list[Tensor], tensors: list[tuple]):
         # weak: x is not kept longer than by its other users
-        self.x, self.of_x, self.hooked = weakref.ref(x), _state([x]), _hooked()
+        self.x, self.of_x, self.hooked = weakref.ref(x), _state([x]), hooked()
         self.grad = torch.is_grad_enabled()
         # the tensors too, so that no other takes the place of one
         each = zip(members, ys, tensors, strict=True)
@@ -149,7 +169,7 @@ class _Kept:
         return y if same else None
 
 
-def _may_share(adapter: Adapter) -> bool:
+def may_share(adapter: Adapter) -> bool:
     alone = not isinstance(adapter._modules["base"], Adapter)
     if type(adapter) is not ALGOS["lora"] or adapter.kind != "linear":
         return False
@@ -167,13 +187,15 @@ def _ready(member: Adapter, x: Tensor) -> bool:
     if any(member.__dict__[hooks] for hooks in _HOOKS):
         return False
     weight, bias, down, up = _tensors(member)
+    here = weight, down, up, *(() if bias is None else (bias,))
+    if not all(t.is_cpu for t in here) if x.is_cpu else any(t.device != x.device for t in here):
+        return False
     return (
         weight.dtype is x.dtype
         and x.shape[-1:] == weight.shape[1:]
-        and weight.is_cpu and down.is_cpu and up.is_cpu
         and not weight.requires_grad
-        and (bias is None or (bias.is_cpu and not bias.requires_grad))
-    )  # fmt: skip
+        and (bias is None or not bias.requires_grad)
+    )
 
 
 def _tensors(member: Adapter) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
@@ -188,6 +210,6 @@ def _state(tensors: Sequence[Tensor | None]) -> list:
     ]
 
 
-def _hooked() -> bool:
+def hooked() -> bool:
     """Whether saved tensors go through hooks, as under checkpointing."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None

@@ -11,6 +11,7 @@ from torch import nn
 
 from lorakern import adapters
 from lorakern.adapters import Adapter
+from lorakern.adapters.shared_text import link_text
 from lorakern.adapters.targets import layers_of
 from lorakern.formats import algorithms, names, storage
 from lorakern.formats.base import (
@@ -353,4 +354,6 @@ def _attach(
         for parameter, trained in before:
             parameter.requires_grad_(trained)
         raise
+    for component in {component for component, _ in made}:
+        link_text(modules[component])
     return made
