@@ -168,7 +168,7 @@ WRONG = {
     "x: want a multiple of 8 columns, got 12": (
         lambda a: detached(inputs(((3,), 12, [(8, 2)]), torch.float16))
     ),
-    r"down: want shape \[4, 264\], got \[3, 264\]": (
+    r"up: want shape \[130, 3\], got \[130, 4\]": (
         lambda a: (*a[:3], [a[3][0][1:], *a[3][1:]], *a[4:])
     ),
     "up: want Half on cpu, got Float": lambda a: (*a[:4], [u.float() for u in a[4]], a[5]),
