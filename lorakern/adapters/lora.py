@@ -76,9 +76,8 @@ class Lora(LowRank):
             except KeyError:
                 # a replica of DataParallel holds its tensors elsewhere
                 return super().forward(input)
-            dtype = input.dtype
+            dtype, group = input.dtype, self._shared if input.is_cpu else self._text
             if not torch._C._is_any_autocast_enabled():
-                group = self._shared if input.is_cpu else self._text
                 if group is not None and (y := group.output(self, input)) is not None:
                     return y
                 if down.dtype is not dtype or up.dtype is not dtype:
