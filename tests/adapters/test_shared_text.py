@@ -92,7 +92,7 @@ def adapted(model=None, **options):
 def apart(model):
     model = copy.deepcopy(model)
     for stack in find(model).values():
-        stack[-1]._shared = None
+        stack[-1]._shared = stack[-1]._text = None
     return model
 
 
@@ -386,3 +386,16 @@ def test_unet(fired):
     unet.enable_gradient_checkpointing()
     assert_same(Call(unet).train(), latent, text)
     assert len(fired) == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_on_a_gpu_with_float32_factors(fired):
+    model = Model().to("cuda", torch.bfloat16)
+    inject(model, rank=3, targets=["to_q", "to_k", "to_v"])
+    with torch.no_grad():
+        for (adapter,) in find(model).values():
+            adapter.up.normal_(std=0.1)
+    x, text = (t.to("cuda", torch.bfloat16) for t in some())
+    for got, want in zip(outcome(model, x, text), outcome(apart(model), x, text), strict=True):
+        torch.testing.assert_close(got, want, rtol=0.05, atol=0.05)
+    assert fired == [6]
