@@ -113,11 +113,12 @@ struct Block {
     pack_panel<kPairs>(shrink + first * lanes(), p.shrink, p.transposed, p.K, p.R, first,
                        width_of<acc_t>(p.R - first));
   }
-  // t[rows, t_lanes()] = a S
-  void shrink(acc_t* t, const acc_t* a, const acc_t* shrink, int64_t, int64_t rows) const {
+  // t[rows, t_lanes()] (+)= a S
+  void shrink(acc_t* t, const acc_t* a, const acc_t* shrink, int64_t, int64_t rows,
+              bool add = false) const {
     for (int64_t r = 0; r < p.R; r += kPanel<acc_t>) {
       const int64_t width = width_of<acc_t>(p.R - r);
-      multiply_panel<acc_t, kPairs, false>(t + r, t_lanes(), false, rows, width == kPanel<acc_t>,
+      multiply_panel<acc_t, kPairs, false>(t + r, t_lanes(), add, rows, width == kPanel<acc_t>,
                                            {a, lanes(), shrink + r * lanes(), width, lanes()});
     }
   }
@@ -139,6 +140,9 @@ struct Block {
     return {from, i == last ? lanes() - from : kDepth, a + from, lanes()};
   }
 
+  // whether all passes over a panel come before the next panel
+  bool by_panel() const { return false; }
+
   // once a block, in order within a slot: t[rows, t_lanes()] = a S, which it may change
   void visit(int64_t slot, int64_t row, int64_t rows, const acc_t* a, acc_t* t) {}
 
@@ -149,13 +153,15 @@ struct Block {
   void store(int64_t slot, int64_t row, int64_t rows, int64_t col, int64_t used, acc_t* sums,
              int64_t ld) {
     if (static_cast<const void*>(sums) == p.out + row * p.N + col && !p.bias) return;
-    acc_t bias[kPanel<acc_t>];
+    using Vec = at::vec::Vectorized<acc_t>;
+    acc_t bias[kPanel<acc_t>], gain[kPanel<acc_t>] = {};
     if (p.bias) widen(bias, p.bias + col, used);
-    const acc_t* const gain = p.transposed && p.gain ? p.gain + col : nullptr;
+    const bool gains = p.transposed && p.gain;
+    if (gains) std::copy(p.gain + col, p.gain + col + used, gain);
     for (int64_t i = 0; i < rows; ++i) {
       acc_t* const sum = sums + i * ld;
-      if (gain)
-        for (int64_t j = 0; j < used; ++j) sum[j] *= gain[j];
+      for (int64_t j = 0; gains && j < used; j += Vec::size())
+        (Vec::loadu(sum + j) * Vec::loadu(gain + j)).store(sum + j);
       narrow(p.out + (row + i) * p.N + col, sum, p.bias ? bias : nullptr, used);
     }
   }

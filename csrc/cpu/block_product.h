@@ -44,7 +44,8 @@ void block_product(Op& op, const Rows& rows_of) {
   group = std::max(kWide, Op::kStarts ? all : std::min(all, group));
   const int64_t passes = op.passes();
   // sums of one panel at a time, unless they are started or come back
-  const bool whole = Op::kStarts || passes > 1;
+  const bool by_panel = op.by_panel();
+  const bool whole = Op::kStarts || (passes > 1 && !by_panel);
 
   const bool columns = by_columns(op);
 
@@ -153,10 +154,12 @@ void block_product(Op& op, const Rows& rows_of) {
           acc_t* const sums = blocks + slot * slot_size;
           const acc_t* const a = op.load(sums + block * ld, row, rows);
           if (col0 == 0) start(slot, row, rows, a, sums);
-          for (int64_t pass = 0; pass < passes; ++pass)
+          const int64_t inner = by_panel ? passes : 1;
+          for (int64_t outer = 0; outer < passes; outer += inner)
             for (int64_t c = 0; c < cols; c += kWide)
-              multiply(pass, slot, row, rows, a, col0 + c, std::min(kWide, cols - c),
-                       panels + c * (K + E), whole ? sums + c : sums, ld);
+              for (int64_t pass = outer; pass < outer + inner; ++pass)
+                multiply(pass, slot, row, rows, a, col0 + c, std::min(kWide, cols - c),
+                         panels + c * (K + E), whole ? sums + c : sums, ld);
         });
     });
   }

@@ -48,6 +48,8 @@ struct Factors {
   double scale;
   const scalar_t* dy;
   scalar_t *ddown, *dup;
+  // [O] on dup where it is not yet in the rows of dy; may be null
+  const at::opmath_type<scalar_t>* gain = nullptr;
 };
 
 template <typename scalar_t, bool kPairs>
@@ -114,7 +116,7 @@ struct FactorSums {
     }
     acc_t* dup_sums = slot_sums + ddown_size();
     for (size_t j = 0; j < layers.size(); ++j) {
-      const auto& [O, rank, first, scale, dy, ddown, dup] = layers[j];
+      const auto& [O, rank, first, scale, dy, ddown, dup, gain] = layers[j];
       if (!dup) continue;
       if constexpr (kPairs) {
         add_outer<true>(dup_sums, more, factor + first, R, rank, dy + row * O, O, count, panel);
@@ -131,11 +133,15 @@ struct FactorSums {
     for (const auto& layer : layers) used += dup_size(layer);
     for (int64_t slot = 1; slot < rows_of.slots; ++slot)
       at::vec::map2([](auto a, auto b) { return a + b; }, sums, sums, sums + slot * slot_size(), used);
-    const acc_t* dup_sums = sums + ddown_size();
+    acc_t* dup_sums = sums + ddown_size();
     for (const auto& layer : layers) {
-      const auto& [O, rank, first, scale, dy, ddown, dup] = layer;
+      const auto& [O, rank, first, scale, dy, ddown, dup, gain] = layer;
       for (int64_t r = 0; ddown && r < rank; ++r)
         narrow<scalar_t, acc_t>(ddown + r * I, sums + (first + r) * padded<acc_t>(I), nullptr, I);
+      for (int64_t r = 0; dup && gain && r < rank; ++r) {
+        acc_t* const row = dup_sums + r * padded<acc_t>(O);
+        at::vec::map2([](auto a, auto b) { return a * b; }, row, row, gain, O);
+      }
       if (dup) write_transposed(dup, dup_sums, O, rank, static_cast<acc_t>(scale));
       dup_sums += dup_size(layer);
     }

@@ -10,11 +10,30 @@
 #include <ATen/ops/zeros.h>
 
 #include <cmath>
+#include <limits>
 #include <vector>
 
 #include "block_product.h"
 
 namespace lorakern {
+
+// high[n] + low[n] = gain ∘ row[n]: what is nearest to it in bfloat16, and to what that leaves out
+inline void split_row(at::BFloat16* high, at::BFloat16* low, const at::BFloat16* row,
+                      const float* gain, int64_t n) {
+  constexpr int64_t kRun = 64;
+  float value[kRun], near[kRun];
+  for (int64_t i = 0; i < n; i += kRun) {
+    const int64_t run = std::min(kRun, n - i);
+    widen(value, row + i, run);
+    for (int64_t j = 0; j < run; ++j) value[j] *= gain[i + j];
+    narrow<at::BFloat16, float>(high + i, value, nullptr, run);
+    widen(near, high + i, run);
+    // nothing is left out of an infinity
+    for (int64_t j = 0; j < run; ++j)
+      value[j] = std::abs(near[j]) <= std::numeric_limits<float>::max() ? value[j] - near[j] : 0;
+    narrow<at::BFloat16, float>(low + i, value, nullptr, run);
+  }
+}
 
 // Forward: the op of a forward product, without gain and bias
 template <typename Forward>

@@ -37,12 +37,37 @@ struct Forward : Block<scalar_t, kPairs> {
   }
 };
 
-// dx = a W + scale · t E, t = dy up, and the gradients of the factors, where a = gain ∘ dy
+// dx = a W + scale · t E, t = a up, and the gradients of the factors, where a = gain ∘ dy. In pairs
+// a gain makes two of dy, the parts of split_row: both meet the same panels.
 template <typename scalar_t, bool kPairs>
 struct Backward : Block<scalar_t, kPairs> {
+  using Base = Block<scalar_t, kPairs>;
   using acc_t = at::opmath_type<scalar_t>;
   double scale;
   FactorSums<scalar_t, kPairs> factors;
+
+  bool split() const { return kPairs && this->p.gain; }
+  const acc_t* load(acc_t* room, int64_t row, int64_t rows) const {
+    const int64_t K = this->p.K;
+    if constexpr (kPairs) {
+      auto* const parts = reinterpret_cast<scalar_t*>(room);
+      for (int64_t i = 0; split() && i < rows; ++i)
+        split_row(parts + i * K, parts + (rows + i) * K, this->p.a + (row + i) * K, this->p.gain,
+                  K);
+      if (split()) return room;
+    }
+    return Base::load(room, row, rows);
+  }
+  void shrink(acc_t* t, const acc_t* a, const acc_t* shrink, int64_t row, int64_t rows) const {
+    Base::shrink(t, a, shrink, row, rows);
+    if (split()) Base::shrink(t, a + rows * this->lanes(), shrink, row, rows, true);
+  }
+  int64_t passes() const { return (split() ? 2 : 1) * Base::passes(); }
+  Lanes<acc_t> pass(int64_t i, const acc_t* a, int64_t row, int64_t rows) const {
+    const int64_t part = i / Base::passes();
+    return Base::pass(i % Base::passes(), a + part * rows * this->lanes(), row, rows);
+  }
+  bool by_panel() const { return Base::passes() == 1; }
 
   void visit(int64_t slot, int64_t row, int64_t count, const acc_t* a, acc_t* t) const {
     const int64_t Rp = padded<acc_t>(this->p.R);
@@ -152,8 +177,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_bwd_cpu(
                               data<scalar_t>(d), nullptr, false,
                               needs[0] ? dx.mutable_data_ptr<scalar_t>() : nullptr, x.options(),
                               data_or_null<at::opmath_type<scalar_t>>(g)};
-    // a gain scales dy in float32
-    with_pairs<scalar_t>(gain ? 1 : O, [&](auto pairs) {
+    // two products in pairs are for tiles alone; elsewhere a gain scales dy in float32
+    with_pairs<scalar_t>(gain && !has_tiles() ? 1 : O, [&](auto pairs) {
       constexpr bool kPairs = pairs.value;
       const Rows rows(M, kPairs ? O / 2 : O, sizeof(at::opmath_type<scalar_t>), M * O * I,
                       kHeight<kPairs>);
@@ -162,7 +187,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_bwd_cpu(
           scale,
           {{{O, R, 0, scale, data<scalar_t>(dy),
              needs[1] ? ddown.mutable_data_ptr<scalar_t>() : nullptr,
-             needs[2] ? dup.mutable_data_ptr<scalar_t>() : nullptr}},
+             needs[2] ? dup.mutable_data_ptr<scalar_t>() : nullptr, kPairs ? p.gain : nullptr}},
            data<scalar_t>(x), data<scalar_t>(h), I, R, rows, x.options()}};
       block_product(op, rows);
       op.factors.write();

@@ -31,6 +31,15 @@ constexpr bool kHasPairs = true;
 constexpr bool kHasPairs = false;
 #endif
 
+// whether pairs are multiplied in AMX tiles
+inline bool has_tiles() {
+#if defined(LORAKERN_AMX)
+  return amx::ready();
+#else
+  return false;
+#endif
+}
+
 // rows that fill the registers of a product, in pairs or not
 template <bool kPairs>
 #if defined(LORAKERN_AMX)

@@ -10,7 +10,7 @@ from lorakern import backend
 from lorakern.functional import lora_linear
 from lorakern.ops.check import wide
 from lorakern.ops.lora_linear import reference
-from lorakern.testing import DTYPES, check_every_kernel
+from lorakern.testing import DTYPES, check_every_kernel, lost_share
 
 native = torch.ops.lorakern_native
 pytestmark = pytest.mark.skipif(
@@ -32,8 +32,10 @@ def threads():
     torch.set_num_threads(before)
 
 
-# more rows than threads take, a last tile of one row, two depths of pass, a narrow last panel
-SHAPES = [(333, 70, 50, 5), (57, 2100, 33, 17), (15, 33, 2070, 129), (1, 8, 72, 16)]
+# more rows than threads take, a last tile of one row, two depths of pass (of pairs too), a narrow
+# last panel
+SHAPES = [(333, 70, 50, 5), (57, 2100, 33, 17), (15, 33, 2070, 129), (1, 8, 72, 16),
+          (21, 40, 4130, 3)]  # fmt: skip
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -47,6 +49,22 @@ def test_right_on_any_number_of_threads(shape, dtype, count, threads):
     for gain in (None, (1 + bias / 5).to(wide(dtype))):
         args = (dy, x, h, weight, down, up, 0.7, gain, [True, True, True, gain is not None])
         check_every_kernel("lora_linear_bwd", args)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("more", [1e-3, 1e-2])
+def test_a_gain_near_1_is_felt_in_every_gradient(more, dtype):
+    dy, x, weight, _, down, up = make(4096, 320, 640, 16, dtype)
+    gain, needs = torch.full((640,), 1 + more), [True, True, True, False]
+    args = (dy, x, x @ down.mT, weight, down, up, 0.5)
+    exact = [t.double() for t in args[:-1]]
+    base = reference.lora_linear_bwd(*exact, 0.5, None, needs)
+    want = reference.lora_linear_bwd(*exact, 0.5, gain.double(), needs)
+    got = native.lora_linear_bwd_cpu(*args, gain, needs)
+    # a factor's gradient has too few values for what is smaller than its rounding
+    for i in range(3 if more == 1e-2 else 1):
+        lost = lost_share(lambda g=got[i]: g, want[i] - base[i], base[i])
+        assert abs(lost) < 0.02, f"gradient {i} loses {lost:.4f}"
 
 
 @pytest.mark.parametrize("needs", list(itertools.product([True, False], repeat=4)))
