@@ -43,11 +43,11 @@ struct Product : Block<scalar_t_, false> {
 };
 
 #if defined(LORAKERN_AMX)
-// The same where tiles multiply bfloat16 alone: each W + ΔW in float32 is the sum of three of them,
-// and a row of a meets the panels of all three.
+// The same where tiles multiply bfloat16 alone: each W + ΔW in float32 is the sum of two of them but
+// for 2^-9 of the smaller of ΔW and what one leaves out; a row of a meets the panels of both.
 struct TileProduct : Block<at::BFloat16, true> {
   using Base = Block<at::BFloat16, true>;
-  static constexpr int64_t kParts = 3;
+  static constexpr int64_t kParts = 2;
   const Product<at::BFloat16> wide;
 
   explicit TileProduct(const Product<at::BFloat16>& wide) : Base{wide.p}, wide(wide) {}
@@ -65,6 +65,7 @@ struct TileProduct : Block<at::BFloat16, true> {
     lanes.from += i / Base::passes() * Base::lanes();
     return lanes;
   }
+  bool by_panel() const { return Base::passes() == 1; }
 };
 #endif
 
