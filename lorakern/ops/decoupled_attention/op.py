@@ -104,5 +104,7 @@ def decoupled_attention(
         scales = [live(c) for c in scales]
     else:
         scales = [float(c) for c in scales]
-    tensors = [t.contiguous() for t in (*keys, *values)]
-    return _DecoupledAttention.apply(q.contiguous(), heads, scales, masks, *tensors)
+    q, *tensors = (t.contiguous() for t in (q, *keys, *values))
+    if not torch.is_grad_enabled():
+        return _fwd(q, tensors[: len(keys)], tensors[len(keys) :], scales, masks, heads)
+    return _DecoupledAttention.apply(q, heads, scales, masks, *tensors)
