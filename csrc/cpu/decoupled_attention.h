@@ -18,6 +18,8 @@ namespace lorakern {
 
 // queries of a block: their scores and outputs stay in L2
 constexpr int64_t kQueries = 4 * kTileRows;
+// queries of a task, whose gradients of keys and values are one sum: rounding grows with it
+constexpr int64_t kLongest = 2048;
 // multiply-adds below which a second thread costs more than it brings
 constexpr int64_t kSerialWork = 1 << 17;
 
@@ -48,7 +50,8 @@ struct Tasks {
       : queries(queries_) {
     const int64_t threads = work < kSerialWork ? 1 : at::get_num_threads();
     const int64_t tiles = (queries + tall - 1) / tall;
-    slots = std::clamp<int64_t>((threads + heads - 1) / heads, 1, tiles);
+    const int64_t runs = std::max((threads + heads - 1) / heads, queries / kLongest);
+    slots = std::clamp<int64_t>(runs, 1, tiles);
     per_slot = ((queries + slots - 1) / slots + tall - 1) / tall * tall;
     slots = (queries + per_slot - 1) / per_slot;
     block = std::min(std::min(queries, per_slot), most);
