@@ -105,6 +105,19 @@ def test_outputs_are_those_of_diffusers(case, pipe):
     assert (base - want).abs().max() > 1e-3 * want.abs().max(), "the images change nothing"
 
 
+@pytest.mark.parametrize("height, width", [(16, 10), (10, 4)])
+def test_a_mask_of_another_aspect_is_fitted_as_diffusers_does(pipe, height, width):
+    unet = load(pipe)
+    masks = [torch.rand(1, 2, height, width)]
+    with torch.no_grad():
+        with pytest.warns(UserWarning, match="aspect ratio of the mask"):
+            want = predict(unet, (2,), masks)
+        lorakern.accelerate(unet)
+        with pytest.warns(UserWarning, match="aspect ratio of the mask"):
+            got = predict(unet, (2,), masks)
+    assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+
+
 def test_scale_0_is_the_base_bit_for_bit(pipe):
     with torch.no_grad():
         base = predict(pipe.unet)
@@ -250,8 +263,11 @@ def test_few_operator_calls_a_layer_of_masked_images(pipe):
     calls()
     attn.processor.text.clear()
     attn.processor.images[0].clear()
-    # and the attention, which is not counted
+    # the attention too, whose C++ a count of ATen's calls leaves out
     assert calls() + 1 == 8 < stock / 4
+    for cache in attn.processor.caches:
+        cache.clear()
+    assert calls() + 1 == 9, "all masks are resized in one call"
 
 
 def test_compiles_whole(pipe):

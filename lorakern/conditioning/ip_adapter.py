@@ -3,8 +3,10 @@
 IP-Adapter, Ye et al. 2023, arXiv:2308.06721. Imports diffusers: `conditioning` imports it on use.
 """
 
+import math
 from collections.abc import Callable
 
+import torch.nn.functional as F
 from diffusers import UNetMotionModel
 from diffusers.image_processor import IPAdapterMaskProcessor
 from diffusers.models.attention_processor import Attention, IPAdapterAttnProcessor2_0
@@ -121,9 +123,15 @@ class IPAdapterProcessor(IPAdapterAttnProcessor2_0):
         """The mask of each image at q's resolution, [1, Q] in q's dtype."""
 
         def make():
-            # to diffusers, the images of one adapter are the images of a batch: one call for all
-            rows = IPAdapterMaskProcessor.downsample(mask[0], mask.shape[1], q.shape[1], 1)
-            return rows.to(q).squeeze(-1).split(1)
+            queries, (height, width) = q.shape[1], mask.shape[2:]
+            high = int(math.sqrt(queries * height / width))
+            high += queries % high != 0
+            if queries % high == 0:
+                rows = F.interpolate(mask, (high, queries // high), mode="bicubic")
+            else:
+                # it pads or cuts, and warns; images of one adapter are to it a batch's images
+                rows = IPAdapterMaskProcessor.downsample(mask[0], mask.shape[1], queries, 1)
+            return rows.to(q).view(-1, queries).split(1)
 
         return self.masks.get(make, [mask], (), q.shape[1], q.dtype, q.device)
 
