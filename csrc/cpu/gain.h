@@ -10,30 +10,11 @@
 #include <ATen/ops/zeros.h>
 
 #include <cmath>
-#include <limits>
 #include <vector>
 
 #include "block_product.h"
 
 namespace lorakern {
-
-// high[n] + low[n] = gain ∘ row[n]: what is nearest to it in bfloat16, and to what that leaves out
-inline void split_row(at::BFloat16* high, at::BFloat16* low, const at::BFloat16* row,
-                      const float* gain, int64_t n) {
-  constexpr int64_t kRun = 64;
-  float value[kRun], near[kRun];
-  for (int64_t i = 0; i < n; i += kRun) {
-    const int64_t run = std::min(kRun, n - i);
-    widen(value, row + i, run);
-    for (int64_t j = 0; j < run; ++j) value[j] *= gain[i + j];
-    narrow<at::BFloat16, float>(high + i, value, nullptr, run);
-    widen(near, high + i, run);
-    // nothing is left out of an infinity
-    for (int64_t j = 0; j < run; ++j)
-      value[j] = std::abs(near[j]) <= std::numeric_limits<float>::max() ? value[j] - near[j] : 0;
-    narrow<at::BFloat16, float>(low + i, value, nullptr, run);
-  }
-}
 
 // Forward: the op of a forward product, without gain and bias
 template <typename Forward>
@@ -83,6 +64,8 @@ void gain_gradient(const Forward& forward, const typename Forward::scalar_t* dy,
 template <typename scalar_t, typename acc_t = at::opmath_type<scalar_t>>
 bool gain_gradient(const scalar_t* y, const scalar_t* bias, const acc_t* gain, const scalar_t* dy,
                    int64_t M, int64_t O, acc_t* dgain) {
+  // columns whose sums and values are at hand together
+  constexpr int64_t kSome = 256;
   const int64_t threads = M * O < kSerial ? 1 : at::get_num_threads();
   const int64_t slots = std::clamp<int64_t>((M + kNarrowRun - 1) / kNarrowRun, 1, threads);
   std::vector<acc_t> wide_bias(O);
@@ -90,24 +73,26 @@ bool gain_gradient(const scalar_t* y, const scalar_t* bias, const acc_t* gain, c
   // of a slot: sums of dy · a, a² and y², where a = y - bias
   std::vector<acc_t> parts(slots * 3 * O);
   at::parallel_for(0, slots, 1, [&](int64_t b, int64_t e) {
-    std::vector<acc_t> run(3 * O), own(O), other(O);
     for (int64_t slot = b; slot < e; ++slot) {
       acc_t* const part = parts.data() + slot * 3 * O;
       const int64_t end = (slot + 1) * M / slots;
-      for (int64_t from = slot * M / slots; from < end; from += kNarrowRun) {
-        std::fill(run.begin(), run.end(), acc_t(0));
-        for (int64_t m = from; m < std::min(end, from + kNarrowRun); ++m) {
-          widen(own.data(), y + m * O, O);
-          widen(other.data(), dy + m * O, O);
-          for (int64_t o = 0; o < O; ++o) {
-            const acc_t a = own[o] - wide_bias[o];
-            run[o] += other[o] * a;
-            run[O + o] += a * a;
-            run[2 * O + o] += own[o] * own[o];
+      for (int64_t from = slot * M / slots; from < end; from += kNarrowRun)
+        for (int64_t o = 0; o < O; o += kSome) {
+          const int64_t some = std::min(kSome, O - o);
+          acc_t run[3][kSome] = {}, own[kSome], other[kSome];
+          for (int64_t m = from; m < std::min(end, from + kNarrowRun); ++m) {
+            widen(own, y + m * O + o, some);
+            widen(other, dy + m * O + o, some);
+            for (int64_t i = 0; i < some; ++i) {
+              const acc_t a = own[i] - wide_bias[o + i];
+              run[0][i] += other[i] * a;
+              run[1][i] += a * a;
+              run[2][i] += own[i] * own[i];
+            }
           }
+          for (int64_t k = 0; k < 3; ++k)
+            for (int64_t i = 0; i < some; ++i) part[k * O + o + i] += run[k][i];
         }
-        for (int64_t o = 0; o < 3 * O; ++o) part[o] += run[o];
-      }
     }
   });
   for (int64_t o = 0; o < O; ++o) {

@@ -38,7 +38,7 @@ struct Forward : Block<scalar_t, kPairs> {
 };
 
 // dx = a W + scale · t E, t = a up, and the gradients of the factors, where a = gain ∘ dy. In pairs
-// a gain makes two of dy, the parts of split_row: both meet the same panels.
+// dy goes as it is, and the gain is in the rows of W and up, each as the sum of two bfloat16 parts.
 template <typename scalar_t, bool kPairs>
 struct Backward : Block<scalar_t, kPairs> {
   using Base = Block<scalar_t, kPairs>;
@@ -46,26 +46,52 @@ struct Backward : Block<scalar_t, kPairs> {
   double scale;
   FactorSums<scalar_t, kPairs> factors;
 
-  bool split() const { return kPairs && this->p.gain; }
+  int64_t parts() const { return kPairs && this->p.gain ? 2 : 1; }
+  int64_t lanes() const { return parts() * Base::lanes(); }
+  bool direct() const { return kPairs || Base::direct(); }
   const acc_t* load(acc_t* room, int64_t row, int64_t rows) const {
-    const int64_t K = this->p.K;
-    if constexpr (kPairs) {
-      auto* const parts = reinterpret_cast<scalar_t*>(room);
-      for (int64_t i = 0; split() && i < rows; ++i)
-        split_row(parts + i * K, parts + (rows + i) * K, this->p.a + (row + i) * K, this->p.gain,
-                  K);
-      if (split()) return room;
-    }
+    if constexpr (kPairs)
+      return reinterpret_cast<const acc_t*>(this->p.a) + row * Base::lanes();
     return Base::load(room, row, rows);
   }
-  void shrink(acc_t* t, const acc_t* a, const acc_t* shrink, int64_t row, int64_t rows) const {
-    Base::shrink(t, a, shrink, row, rows);
-    if (split()) Base::shrink(t, a + rows * this->lanes(), shrink, row, rows, true);
+  void pack(acc_t* panel, int64_t first, int64_t width) const {
+    if (parts() == 1) return Base::pack(panel, first, width);
+    pack_parts(panel, this->p.wide, this->p.N, first, width);
   }
-  int64_t passes() const { return (split() ? 2 : 1) * Base::passes(); }
+  void pack_shrink(acc_t* shrink, int64_t i) const {
+    if (parts() == 1) return Base::pack_shrink(shrink, i);
+    const int64_t first = i * kPanel<acc_t>;
+    pack_parts(shrink + first * lanes(), this->p.shrink, this->p.R, first,
+               width_of<acc_t>(this->p.R - first));
+  }
+  // a panel of gain ∘ src[K, cols]: one part, and below it the other
+  void pack_parts(acc_t* panel, const scalar_t* src, int64_t cols, int64_t first,
+                  int64_t width) const {
+    if constexpr (kPairs) {
+      const int64_t K = this->p.K;
+      std::vector<acc_t> sums(K * width);
+      pack_rows(sums.data(), width, src + first, cols, std::min(width, cols - first), K);
+      for (int64_t k = 0; k < K; ++k)
+        for (int64_t j = 0; j < width; ++j) sums[k * width + j] *= this->p.gain[k];
+      for (int part = 0; part < 2; ++part)
+        take_row_pairs(panel + part * Base::lanes() * width, sums.data(), width, K);
+    }
+  }
+  void shrink(acc_t* t, const acc_t* a, const acc_t* shrink, int64_t, int64_t rows) const {
+    const int64_t R = this->p.R;
+    for (int64_t r = 0; r < R; r += kPanel<acc_t>) {
+      const int64_t width = width_of<acc_t>(R - r), depth = Base::lanes();
+      for (int64_t part = 0; part < parts(); ++part)
+        multiply_panel<acc_t, kPairs, false>(
+            t + r, this->t_lanes(), part > 0, rows, width == kPanel<acc_t>,
+            {a, depth, shrink + r * lanes() + part * depth * width, width, depth});
+    }
+  }
+  int64_t passes() const { return parts() * Base::passes(); }
   Lanes<acc_t> pass(int64_t i, const acc_t* a, int64_t row, int64_t rows) const {
-    const int64_t part = i / Base::passes();
-    return Base::pass(i % Base::passes(), a + part * rows * this->lanes(), row, rows);
+    Lanes<acc_t> lanes = Base::pass(i % Base::passes(), a, row, rows);
+    lanes.from += i / Base::passes() * Base::lanes();
+    return lanes;
   }
   bool by_panel() const { return Base::passes() == 1; }
 
