@@ -29,7 +29,7 @@ struct LowRank {
   bool transposed;
   scalar_t* out;
   at::TensorOptions options;
-  // [N] in the sum's epilogue when transposed, else [K] on a; may be null
+  // [N] in the sum's epilogue when transposed, else [K] on the rows of W and S; may be null
   const at::opmath_type<scalar_t>* gain = nullptr;
 };
 
@@ -79,13 +79,18 @@ struct Block {
 
   int64_t lanes() const { return kPairs ? p.K / 2 : p.K; }
   // whether rows of a are multiplied where they lie
-  bool direct() const {
-    return (kPairs || std::is_same_v<scalar_t, acc_t>)&&(p.transposed || !p.gain);
-  }
+  bool direct() const { return kPairs || std::is_same_v<scalar_t, acc_t>; }
 
   // panel[lanes, width] of W from column `first`
   void pack(acc_t* panel, int64_t first, int64_t width) const {
     pack_panel<kPairs>(panel, p.wide, p.transposed, p.K, p.N, first, width);
+    scale_rows(panel, width);
+  }
+  // by the gain that is on a; an op of pairs has its own way
+  void scale_rows(acc_t* panel, int64_t width) const {
+    if (kPairs || p.transposed || !p.gain) return;
+    for (int64_t k = 0; k < p.K; ++k)
+      for (int64_t j = 0; j < width; ++j) panel[k * width + j] *= p.gain[k];
   }
 
   // whether sums are made in out itself, of a block's whole panels
@@ -97,10 +102,6 @@ struct Block {
   const acc_t* load(acc_t* room, int64_t row, int64_t rows) const {
     if (direct()) return reinterpret_cast<const acc_t*>(p.a) + row * lanes();
     widen(room, p.a + row * p.K, rows * p.K);
-    if (!p.transposed && p.gain) {
-      for (int64_t i = 0; i < rows; ++i)
-        for (int64_t k = 0; k < p.K; ++k) room[i * p.K + k] *= p.gain[k];
-    }
     return room;
   }
 
@@ -109,9 +110,9 @@ struct Block {
   // S in panels: how many, and the i-th of them
   int64_t shrinks() const { return (p.R + kPanel<acc_t> - 1) / kPanel<acc_t>; }
   void pack_shrink(acc_t* shrink, int64_t i) const {
-    const int64_t first = i * kPanel<acc_t>;
-    pack_panel<kPairs>(shrink + first * lanes(), p.shrink, p.transposed, p.K, p.R, first,
-                       width_of<acc_t>(p.R - first));
+    const int64_t first = i * kPanel<acc_t>, width = width_of<acc_t>(p.R - first);
+    pack_panel<kPairs>(shrink + first * lanes(), p.shrink, p.transposed, p.K, p.R, first, width);
+    scale_rows(shrink + first * lanes(), width);
   }
   // t[rows, t_lanes()] (+)= a S
   void shrink(acc_t* t, const acc_t* a, const acc_t* shrink, int64_t, int64_t rows,

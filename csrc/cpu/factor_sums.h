@@ -48,7 +48,7 @@ struct Factors {
   double scale;
   const scalar_t* dy;
   scalar_t *ddown, *dup;
-  // [O] on dup where it is not yet in the rows of dy; may be null
+  // [O] on dup; may be null
   const at::opmath_type<scalar_t>* gain = nullptr;
 };
 

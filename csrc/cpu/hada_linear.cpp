@@ -37,7 +37,10 @@ struct Product : Block<scalar_t_, false> {
     hada_panel(h, p.transposed, 0, p.K, first, used, width,
                [&](int64_t row, int64_t rows, const acc_t* one, const acc_t* two) {
                  acc_t* out = panel + row * width;
-                 for (int64_t i = 0; i < rows * width; ++i) out[i] += h.scale * one[i] * two[i];
+                 for (int64_t k = 0; k < rows; ++k, out += width, one += width, two += width) {
+                   const acc_t by = p.transposed || !p.gain ? h.scale : h.scale * p.gain[row + k];
+                   for (int64_t j = 0; j < width; ++j) out[j] += by * one[j] * two[j];
+                 }
                });
   }
 };
@@ -76,7 +79,7 @@ void with_product(const LowRank<scalar_t>& p, const Hadamard<at::opmath_type<sca
   Product<scalar_t> op{{p}, h};
 #if defined(LORAKERN_AMX)
   if constexpr (std::is_same_v<scalar_t, at::BFloat16>) {
-    if (p.K % 2 == 0 && (p.transposed || !p.gain) && amx::ready()) return run(TileProduct(op));
+    if (p.K % 2 == 0 && amx::ready()) return run(TileProduct(op));
   }
 #endif
   run(op);

@@ -37,8 +37,8 @@ struct Forward : Block<scalar_t, kPairs> {
   }
 };
 
-// dx = a W + scale · t E, t = a up, and the gradients of the factors, where a = gain ∘ dy. In pairs
-// dy goes as it is, and the gain is in the rows of W and up, each as the sum of two bfloat16 parts.
+// dx = dy W + scale · t E, t = dy up, and the gradients of the factors. A gain is in the rows of W
+// and up; in pairs, each of these is then the sum of two bfloat16 parts.
 template <typename scalar_t, bool kPairs>
 struct Backward : Block<scalar_t, kPairs> {
   using Base = Block<scalar_t, kPairs>;
@@ -48,12 +48,6 @@ struct Backward : Block<scalar_t, kPairs> {
 
   int64_t parts() const { return kPairs && this->p.gain ? 2 : 1; }
   int64_t lanes() const { return parts() * Base::lanes(); }
-  bool direct() const { return kPairs || Base::direct(); }
-  const acc_t* load(acc_t* room, int64_t row, int64_t rows) const {
-    if constexpr (kPairs)
-      return reinterpret_cast<const acc_t*>(this->p.a) + row * Base::lanes();
-    return Base::load(room, row, rows);
-  }
   void pack(acc_t* panel, int64_t first, int64_t width) const {
     if (parts() == 1) return Base::pack(panel, first, width);
     pack_parts(panel, this->p.wide, this->p.N, first, width);
@@ -203,7 +197,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_bwd_cpu(
                               data<scalar_t>(d), nullptr, false,
                               needs[0] ? dx.mutable_data_ptr<scalar_t>() : nullptr, x.options(),
                               data_or_null<at::opmath_type<scalar_t>>(g)};
-    // two products in pairs are for tiles alone; elsewhere a gain scales dy in float32
+    // two products in pairs are for tiles alone; elsewhere a gain scales W and up in float32
     with_pairs<scalar_t>(gain && !has_tiles() ? 1 : O, [&](auto pairs) {
       constexpr bool kPairs = pairs.value;
       const Rows rows(M, kPairs ? O / 2 : O, sizeof(at::opmath_type<scalar_t>), M * O * I,
@@ -213,7 +207,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_bwd_cpu(
           scale,
           {{{O, R, 0, scale, data<scalar_t>(dy),
              needs[1] ? ddown.mutable_data_ptr<scalar_t>() : nullptr,
-             needs[2] ? dup.mutable_data_ptr<scalar_t>() : nullptr, kPairs ? p.gain : nullptr}},
+             needs[2] ? dup.mutable_data_ptr<scalar_t>() : nullptr, p.gain}},
            data<scalar_t>(x), data<scalar_t>(h), I, R, rows, x.options()}};
       block_product(op, rows);
       op.factors.write();
