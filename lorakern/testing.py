@@ -23,7 +23,8 @@ def assert_as_exact_as_torch(name: str, got: Tensor, exact: Tensor, torch_same_d
 
     Asked of the largest error (one rounding of slack) and of the root mean square (a 64th of one,
     in float64 a quarter): the first finds one bad element, the second a small error everywhere,
-    such as a scale 1 % off. Both bounds come from the data, so no tolerance is set by hand for a dtype or a shape.
+    such as a scale 1 % off. Both bounds come from the data, so no tolerance is set by hand for a
+    dtype or a shape.
     """
     assert got.shape == exact.shape, f"{name}: shape {tuple(got.shape)}, want {tuple(exact.shape)}"
     assert got.dtype == torch_same_dtype.dtype, f"{name}: dtype {got.dtype}"
