@@ -46,13 +46,16 @@ void block_product(Op& op, const Rows& rows_of) {
   // sums of one panel at a time, unless they are started or come back
   const bool by_panel = op.by_panel();
   const bool whole = Op::kStarts || (passes > 1 && !by_panel);
+  // sums that are started where out is
+  const bool in_out = Op::kStarts && Op::kPlainStore && op.in_place() && p.N % kWide == 0;
 
   const bool columns = by_columns(op);
 
-  const int64_t ld = whole ? group : kWide;
+  const int64_t ld = in_out ? p.N : whole ? group : kWide;
   const int64_t wide_size = op.direct() ? 0 : block * p.K;
   const int64_t shrink_size = K * Rp, group_size = columns ? 0 : (K + E) * group;
-  const int64_t slot_size = (columns ? 0 : block * ld) + wide_size;
+  const int64_t sums_size = columns || in_out ? 0 : block * ld;
+  const int64_t slot_size = sums_size + wide_size;
   at::Tensor scratch =
       at::empty({shrink_size + group_size + slots * slot_size + p.M * Rp}, options);
   acc_t* const shrink = scratch.template mutable_data_ptr<acc_t>();
@@ -151,8 +154,9 @@ void block_product(Op& op, const Rows& rows_of) {
     at::parallel_for(0, slots, 1, [&](int64_t b, int64_t e) {
       for (int64_t slot = b; slot < e; ++slot)
         each_block(slot, [&](int64_t row, int64_t rows) {
-          acc_t* const sums = blocks + slot * slot_size;
-          const acc_t* const a = op.load(sums + block * ld, row, rows);
+          acc_t* const room = blocks + slot * slot_size;
+          const acc_t* const a = op.load(room + sums_size, row, rows);
+          acc_t* const sums = in_out ? reinterpret_cast<acc_t*>(p.out) + row * p.N : room;
           if (col0 == 0) start(slot, row, rows, a, sums);
           const int64_t inner = by_panel ? passes : 1;
           for (int64_t outer = 0; outer < passes; outer += inner)

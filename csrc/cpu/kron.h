@@ -19,6 +19,29 @@ at::Tensor scratch(int64_t size, const at::TensorOptions& like) {
   return at::empty({size}, like.dtype(c10::CppTypeToScalarType<acc_t>::value));
 }
 
+// few values: the last vector overlaps the one before it
+template <typename acc_t>
+inline void copy_few(acc_t* to, const acc_t* from, int64_t n) {
+  using Vec = at::vec::Vectorized<acc_t>;
+  constexpr int64_t kLanes = Vec::size();
+  if (n < kLanes) {
+    for (int64_t j = 0; j < n; ++j) to[j] = from[j];
+    return;
+  }
+  for (int64_t j = 0; j + kLanes <= n; j += kLanes) Vec::loadu(from + j).store(to + j);
+  if (n % kLanes != 0) Vec::loadu(from + n - kLanes).store(to + n - kLanes);
+}
+
+// to[rows, cols] (+)= from
+template <typename acc_t>
+void put_matrix(acc_t* to, int64_t to_ld, bool add, const acc_t* from, int64_t ld, int64_t rows,
+                int64_t cols) {
+  for (int64_t i = 0; i < rows; ++i, to += to_ld, from += ld) {
+    if (!add) copy_few(to, from, cols);
+    for (int64_t j = 0; add && j < cols; ++j) to[j] += from[j];
+  }
+}
+
 // A right operand [k, cols] packed in panels, one after another.
 template <typename acc_t>
 struct Panels {
@@ -37,11 +60,15 @@ struct Panels {
     for (int64_t c = 0; c < cols; c += kPanel<acc_t>)
       visit(c, cols - c > kWidth<acc_t> ? kPanel<acc_t> : kWidth<acc_t>, data.data() + c * k);
   }
-  // out[rows, padded(cols)] = a[rows, k] times it
-  void multiply(acc_t* out, const acc_t* a, int64_t lda, int64_t rows) {
+  // out[rows, ldc] (+)= a[rows, k] times it; room: rows of a panel
+  void multiply(acc_t* out, int64_t ldc, bool add, const acc_t* a, int64_t lda, int64_t rows,
+                acc_t* room) {
     each([&](int64_t c, int64_t width, const acc_t* panel) {
-      multiply_panel<acc_t, false, false>(out + c, padded<acc_t>(cols), false, rows,
-                                          width == kPanel<acc_t>, {a, lda, panel, width, k});
+      const int64_t used = std::min(width, cols - c);
+      const bool whole = used == width;
+      multiply_panel<acc_t, false, false>(whole ? out + c : room, whole ? ldc : width, whole && add,
+                                          rows, width == kPanel<acc_t>, {a, lda, panel, width, k});
+      if (!whole) put_matrix(out + c, ldc, add, room, width, rows, used);
     });
   }
 };
@@ -71,7 +98,7 @@ Kron<at::opmath_type<scalar_t>> kron(const at::Tensor& c_up, const std::optional
   return {A, B, P, Q, R, c, {}, wide(d_up), wide(*d_down)};
 }
 
-// a times D or Dᵀ, in one product or, of a low rank, in two with t[rows, padded(R)] between them.
+// a times D or Dᵀ, in one product or, of a low rank, in two with t[rows, R] between them.
 template <typename acc_t>
 struct Inner {
   std::vector<Panels<acc_t>> steps;
@@ -89,13 +116,14 @@ struct Inner {
       add(turned ? f.d_up : f.d_down);
     }
   }
-  void multiply(acc_t* out, acc_t* t, const acc_t* a, int64_t lda, int64_t rows) {
+  void multiply(acc_t* out, int64_t ldc, acc_t* t, const acc_t* a, int64_t lda, int64_t rows,
+                acc_t* room) {
     if (steps.size() == 2) {
-      steps[0].multiply(t, a, lda, rows);
+      steps[0].multiply(t, steps[0].cols, false, a, lda, rows, room);
       a = t;
-      lda = padded<acc_t>(steps[0].cols);
+      lda = steps[0].cols;
     }
-    steps.back().multiply(out, a, lda, rows);
+    steps.back().multiply(out, ldc, false, a, lda, rows, room);
   }
 };
 
@@ -103,26 +131,14 @@ struct Inner {
 template <typename acc_t>
 constexpr int64_t kSlack = kPanel<acc_t>;
 
-// sums[row, :] of [outer, inner] matrices that have their columns padded
-template <typename acc_t>
-void copy_rows(acc_t* to, const acc_t* from, int64_t outer, int64_t inner) {
-  for (int64_t i = 0; i < outer; ++i)
-    std::memcpy(to + i * inner, from + i * padded<acc_t>(inner), inner * sizeof(acc_t));
-}
-
-// longest sum of the small products: short runs keep a long sum exact
-constexpr int64_t kSmallRun = 64;
-
-// out[rows, padded(cols)] = left[rows, k] right[k, ld], or leftᵀ [k, rows]; right has slack
+// out[rows, ldc] (+)= left[rows, k] right[k, ld], or leftᵀ [k, rows]; rows of out take whole panels,
+// and right is read up to there
 template <bool kTurned, typename acc_t>
-void multiply_small(acc_t* out, const acc_t* left, int64_t lda, int64_t rows, const acc_t* right,
-                    int64_t ld, int64_t k, int64_t cols, bool add = false) {
-  for (int64_t from = 0; from < k; from += kSmallRun)
-    for (int64_t c = 0; c < cols; c += kPanel<acc_t>)
-      multiply_panel<acc_t, false, kTurned>(
-          out + c, padded<acc_t>(cols), add || from > 0, rows, cols - c > kWidth<acc_t>,
-          {left + from * (kTurned ? lda : 1), lda, right + from * ld + c, ld,
-           std::min(kSmallRun, k - from)});
+void multiply_all(acc_t* out, int64_t ldc, const acc_t* left, int64_t lda, int64_t rows,
+                  const acc_t* right, int64_t ld, int64_t k, int64_t cols, bool add = false) {
+  for (int64_t c = 0; c < cols; c += kPanel<acc_t>)
+    multiply_panel<acc_t, false, kTurned>(out + c, ldc, add, rows, cols - c > kWidth<acc_t>,
+                                          {left, lda, right + c, ld, k});
 }
 
 }  // namespace lorakern

@@ -5,8 +5,10 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/matmul.h>
+#include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -31,18 +33,29 @@ void check(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& c_up
   if (d_down) check_like(*d_down, "d_down", x);
 }
 
+// Whether the base product is torch's and the update is added in place: where that suits LoRA too,
+// and on Intel's cores wherever a product takes longer than a call of it.
+bool by_torch(const at::Tensor& x, const std::optional<at::Tensor>& gain, int64_t M, int64_t O,
+              int64_t I, int64_t few = kFewRows) {
+  if (gain) return false;
+#if defined(LORAKERN_AMX)
+  if (is_wide(x) && M * O * I >= 1 << 24) return true;
+#endif
+  return few_rows(x, M, O * I, few);
+}
+
 // runs run(op) with the forward op of these operands
 template <typename scalar_t, typename Run>
 void with_forward(const LowRank<scalar_t>& p, const Kron<at::opmath_type<scalar_t>>& f,
-                  double scale, const Run& run) {
+                  double scale, bool adds, const Run& run) {
   using acc_t = at::opmath_type<scalar_t>;
   const at::Tensor c = f.c * scale;
   Inner<acc_t> turned(f, true);
   with_pairs<scalar_t>(p.K, [&](auto pairs) {
     using Op = KronForward<scalar_t, pairs.value>;
-    Op op{{p}, f, c.const_data_ptr<acc_t>(), turned, nullptr, 0};
+    Op op{{p}, f, c.const_data_ptr<acc_t>(), turned, adds};
     const Rows rows = rows_of(op);
-    op.room_size = Op::size(f, rows.block) + kSlack<acc_t>;
+    op.room_size = Op::size(f) + kSlack<acc_t>;
     at::Tensor room = scratch<acc_t>(rows.slots * op.room_size, p.options);
     op.room = room.mutable_data_ptr<acc_t>();
     run(op);
@@ -65,10 +78,17 @@ at::Tensor kron_linear_fwd_cpu(const at::Tensor& x, const at::Tensor& weight,
   sizes.back() = O;
   at::Tensor y = at::empty(sizes, x.options());
   if (y.numel() == 0) return y;
+  const int64_t M = rows_in(x);
+  const bool adds = by_torch(x, gain, M, O, I);
+  if (adds) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    at::Tensor y_MO = y.view({M, O});
+    bias ? at::addmm_out(y_MO, b, x.view({M, I}), w.t()) : at::mm_out(y_MO, x.view({M, I}), w.t());
+  }
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "kron_linear", [&] {
     const auto f = kron<scalar_t>(c_up, c_down, d_up, d_down);
-    with_forward(forward_product<scalar_t>(x, w, b, {}, {}, y, g), f, scale,
-                 [&](auto& op) { block_product(op, rows_of(op)); });
+    with_forward(forward_product<scalar_t>(x, w, b, {}, {}, y, g), f, scale, adds,
+                 [&](auto& op) { run_kron(op, rows_of(op)); });
   });
   return y;
 }
@@ -87,6 +107,12 @@ SixTensors kron_linear_bwd_cpu(const at::Tensor& dy, const at::Tensor& x, const 
   at::Tensor dx = at::empty(needs[0] ? x.sizes() : at::IntArrayRef{0}, x.options());
   at::Tensor dgain = at::zeros({needs[5] ? O : 0}, gain ? gain->options() : x.options());
   const bool need_dc = needs[1] || needs[2], need_dd = needs[3] || needs[4];
+  const bool adds = needs[0] && M > 0 && by_torch(dy, gain, M, O, I, kFewRowsBackward);
+  if (adds) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    at::Tensor dx_MI = dx.view({M, I});
+    at::mm_out(dx_MI, dy.view({M, O}), w);
+  }
   at::Tensor dc;
   // dD, or dd_up and dd_down
   std::vector<at::Tensor> dd;
@@ -94,9 +120,10 @@ SixTensors kron_linear_bwd_cpu(const at::Tensor& dy, const at::Tensor& x, const 
     using acc_t = at::opmath_type<scalar_t>;
     const auto f = kron<scalar_t>(c_up, c_down, d_up, d_down);
     if (needs[5] && M > 0) {
-      with_forward(forward_product<scalar_t>(x, w, {}, {}, {}, {}, {}), f, scale, [&](auto& op) {
-        gain_gradient(op, data<scalar_t>(dy), dgain.mutable_data_ptr<at::opmath_type<scalar_t>>());
-      });
+      with_forward(forward_product<scalar_t>(x, w, {}, {}, {}, {}, {}), f, scale, false,
+                   [&](auto& op) {
+                     gain_gradient(op, data<scalar_t>(dy), dgain.mutable_data_ptr<acc_t>());
+                   });
     }
     const int64_t Bp = padded<acc_t>(f.B), Rp = padded<acc_t>(f.R);
     const int64_t dd_size = KronBackward<scalar_t, false>::dd_size(f);
@@ -112,14 +139,14 @@ SixTensors kron_linear_bwd_cpu(const at::Tensor& dy, const at::Tensor& x, const 
       with_pairs<scalar_t>(gain ? 1 : O, [&](auto pairs) {
         using Op = KronBackward<scalar_t, pairs.value>;
         const Rows rows(M, pairs.value ? O / 2 : O, sizeof(acc_t), M * O * I);
-        const int64_t size = Op::size(f, rows.block) + kSlack<acc_t>;
+        const int64_t size = Op::size(f) + kSlack<acc_t>;
         at::Tensor room = scratch<acc_t>(rows.slots * size, x.options());
         parts_c = scratch<acc_t>(rows.slots * f.A * Bp, x.options()).zero_();
         parts_d = scratch<acc_t>(rows.slots * dd_size, x.options()).zero_();
         Op op{{p}, f, data<scalar_t>(x), c.const_data_ptr<acc_t>(), turned, straight,
-              needs[0], need_dc, need_dd, room.mutable_data_ptr<acc_t>(),
+              needs[0], need_dc, need_dd, adds, room.mutable_data_ptr<acc_t>(),
               parts_c.mutable_data_ptr<acc_t>(), parts_d.mutable_data_ptr<acc_t>(), size};
-        block_product(op, rows);
+        run_kron(op, rows);
       });
     }
     const auto total = [](const at::Tensor& parts, int64_t size) {

@@ -77,10 +77,14 @@ constexpr int64_t kFewRows = 1024, kFewRowsBackward = 1024, kLargeWeight = 1 << 
 constexpr int64_t kFewRows = 256, kFewRowsBackward = 128, kLargeWeight = 1 << 19;
 #endif
 
+// whether a result is as wide as a sum
+inline bool is_wide(const at::Tensor& x) {
+  return x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble;
+}
+
 inline bool few_rows(const at::Tensor& x, int64_t M, int64_t weight_size,
                      int64_t few = kFewRows) {
-  const bool wide = x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble;
-  return wide && M <= few && weight_size >= kLargeWeight;
+  return is_wide(x) && M <= few && weight_size >= kLargeWeight;
 }
 
 }  // namespace lorakern
