@@ -44,28 +44,34 @@ struct Product : Block<scalar_t_, false> {
 
 #if defined(LORAKERN_AMX)
 // The same where tiles multiply bfloat16 alone: each W + ΔW in float32 is the sum of two of them but
-// for 2^-9 of the smaller of ΔW and what one leaves out; a row of a meets the panels of both.
+// for 2^-9 of the smaller of ΔW and what one leaves out.
 struct TileProduct : Block<at::BFloat16, true> {
   using Base = Block<at::BFloat16, true>;
-  static constexpr int64_t kParts = 2;
   const Product<at::BFloat16> wide;
 
   explicit TileProduct(const Product<at::BFloat16>& wide) : Base{wide.p}, wide(wide) {}
 
-  int64_t lanes() const { return kParts * Base::lanes(); }
+  // of a panel: both parts of 16 lanes side by side
+  int64_t lanes() const { return 2 * padded<float>(Base::lanes()); }
   void pack(float* panel, int64_t first, int64_t width) const {
-    std::vector<float> sums(p.K * width);
+    constexpr int64_t kRows = 2 * amx::kSide;
+    std::vector<float> sums(lanes() * width);
     wide.pack(sums.data(), first, width);
-    for (int part = 0; part < kParts; ++part, panel += Base::lanes() * width)
-      take_row_pairs(panel, sums.data(), width, p.K);
+    std::fill(sums.begin() + p.K * width, sums.end(), 0.0f);
+    float* from = sums.data();
+    for (int64_t row = 0; row < lanes(); row += kRows, from += kRows * width)
+      for (int part = 0; part < 2; ++part, panel += amx::kSide * width)
+        take_row_pairs(panel, from, width, kRows);
   }
-  int64_t passes() const { return kParts * Base::passes(); }
   Lanes<float> pass(int64_t i, const float* a, int64_t row, int64_t rows) const {
-    Lanes<float> lanes = Base::pass(i % Base::passes(), a, row, rows);
-    lanes.from += i / Base::passes() * Base::lanes();
+    Lanes<float> lanes = Base::pass(i, a, row, rows);
+    lanes.from *= 2;
     return lanes;
   }
-  bool by_panel() const { return Base::passes() == 1; }
+  void multiply(float* c, int64_t ldc, bool add, int64_t rows, bool wide, const Term<float>& product,
+                const Term<float>&) const {
+    amx::multiply_parts(c, ldc, add, rows, wide, product);
+  }
 };
 #endif
 
