@@ -204,38 +204,6 @@ void multiply_panel(Shapes& shapes, float* c, int64_t ldc, bool add, int64_t row
   }
 }
 
-// c[rows, 32 if wide, else 16] (+)= a (b + b'), where b' is what b leaves out of a wider operand:
-// after each 16 lanes of b come those of b', the last ones filled up with zeros. Four tiles of a and
-// b are loaded for four products, but of a and both parts six for eight.
-template <bool kTall, bool kWide>
-void tiles_of_parts(float* c, int64_t ldc, bool add, int upper, int lower, const float* a,
-                    int64_t lda, const float* b, int64_t ldb, int64_t k) {
-  load_sums<kTall, kWide>(c, ldc, add);
-  for (int64_t from = 0; from < k; from += kSide, b += 2 * kSide * ldb) {
-    step<false, kTall, kWide>(upper, lower, a + from, lda, b, ldb, std::min<int64_t>(kSide, k - from));
-    _tile_loadd(6, b + kSide * ldb, ldb * 4);
-    if constexpr (kWide) _tile_loadd(7, b + kSide * ldb + kSide, ldb * 4);
-    multiply_tiles<kTall, kWide>();
-  }
-  store_sums<kTall, kWide>(c, ldc);
-}
-
-template <typename Term>
-void multiply_parts(float* c, int64_t ldc, bool add, int64_t rows, bool wide, const Term& term) {
-  Shapes shapes;
-  written();
-  for (int64_t row = 0; row < rows; row += 2 * kSide) {
-    const int upper = static_cast<int>(std::min<int64_t>(kSide, rows - row));
-    const int lower = static_cast<int>(std::clamp<int64_t>(rows - row - kSide, 0, kSide));
-    shapes.set(upper, lower);
-    const auto run = lower  ? wide ? tiles_of_parts<true, true> : tiles_of_parts<true, false>
-                     : wide ? tiles_of_parts<false, true>
-                            : tiles_of_parts<false, false>;
-    run(c + row * ldc, ldc, add, upper, lower, term.a + row * term.lda, term.lda, term.b, term.ldb,
-        term.k);
-  }
-}
-
 template <bool kColumnMajor, typename Term>
 void multiply_panel(float* c, int64_t ldc, bool add, int64_t rows, bool wide, const Term& first,
                     const Term& second) {

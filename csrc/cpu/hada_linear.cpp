@@ -5,6 +5,7 @@
 //   up*[o, (r, s)] = up1[o, r] up2[o, s], and the kernels of lora_linear do the rest.
 // - Larger ones: ΔW is added to the panels of W, in the type of the sums, as they are packed, so
 //   that the product with W + ΔW is one. Tiles of dyᵀ x are consumed in cache (outer_tiles.h).
+//   AMX tiles make ΔW, and the gradients of its factors, of bfloat16 (hada_pairs.h).
 // Nothing is saved but x and the factors.
 
 #include <ATen/Dispatch.h>
@@ -49,9 +50,8 @@ struct Update {
   const at::Tensor &down1, &up1, &down2, &up2;
   double scale;
 #if defined(LORAKERN_AMX)
-  std::optional<HadaPairs> pairs = {};
+  std::optional<HadaPairs> pairs;
 #endif
-
   Update(const at::Tensor& down1, const at::Tensor& up1, const at::Tensor& down2,
          const at::Tensor& up2, double scale)
       : down1(down1), up1(up1), down2(down2), up2(up2), scale(scale) {

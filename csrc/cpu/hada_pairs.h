@@ -1,13 +1,12 @@
-// What hada_tile.h does, where tiles multiply bfloat16: the two products of a Hadamard update are
-// exact in pairs along their ranks, and the gradients of the factors are products with what each of
-// the two products gets, rounded to bfloat16 as an input of a product is. Sums are in float32.
+// The two products of a Hadamard update in AMX tiles, where they are used: factors of bfloat16 are
+// multiplied as they are, in pairs along the rank, with sums in float32. hada_tile.h has the others.
 
 #pragma once
 
 #include <bit>
 
+#include "amx_pairs.h"
 #include "linear.h"
-#include "outer_tiles.h"
 
 #if defined(LORAKERN_AMX)
 

@@ -7,6 +7,7 @@
 
 #include <vector>
 
+#include "amx_pairs.h"
 #include "linear.h"
 
 namespace lorakern {
@@ -80,20 +81,18 @@ void outer_tiles(const Tiles& tiles, const scalar_t* dy, const scalar_t* x, int6
 }
 
 #if defined(LORAKERN_AMX)
-#ifndef DEPTH
-#define DEPTH 512
-#define TALL 640
-#define WIDE 320
-#endif
-// The same in AMX tiles, for which dy is turned once a run, in longer runs and larger tiles.
-constexpr int64_t kTileRun = DEPTH;
+// The same in AMX tiles: dy is turned once a run, and runs are long and tiles large, which packs dy
+// and x fewer times and keeps sums in registers longer.
+constexpr int64_t kAmxRun = 512;
 
-inline Tiles amx_tiles(int64_t O, int64_t I) { return Tiles(O, I, TALL, WIDE, Tiles::kColumns); }
+inline Tiles amx_tiles(int64_t O, int64_t I) { return Tiles(O, I, 640, 320, Tiles::kColumns); }
 
 template <typename Visit>
 void outer_amx_tiles(const Tiles& tiles, const at::BFloat16* dy, const at::BFloat16* x, int64_t M,
                      const Visit& visit) {
-  constexpr int64_t kWide = kPanel<float>, kLanes = kTileRun / 2;
+  constexpr int64_t kWide = kPanel<float>, kLanes = kAmxRun / 2;
+  // turned rows are apart by a line more, or many were in the same lines of a cache
+  constexpr int64_t kTurned = kLanes + amx::kSide;
   at::parallel_for(0, tiles.o_count * tiles.i_count, 1, [&](int64_t b, int64_t e) {
     std::vector<float> g, run, panel(kLanes * kWide);
     for (int64_t tile = b; tile < e; ++tile) {
@@ -102,18 +101,18 @@ void outer_amx_tiles(const Tiles& tiles, const at::BFloat16* dy, const at::BFloa
       const int64_t rows = tiles.row(o_tile + 1) - o, cols = tiles.column(i_tile + 1) - i;
       const int64_t ld = padded<float>(cols);
       g.resize(rows * ld);
-      run.resize((rows + 15) / 16 * 16 * kLanes);
+      run.resize(padded<float>(rows) * kTurned);
       amx::Shapes shapes;
-      for (int64_t m = 0; m < M; m += kTileRun) {
-        const int64_t depth = std::min(kTileRun, M - m);
-        pack_turned_pairs(run.data(), kLanes, dy + m * tiles.O + o, tiles.O, rows, depth);
+      for (int64_t m = 0; m < M; m += kAmxRun) {
+        const int64_t depth = std::min(kAmxRun, M - m);
+        pack_turned_pairs(run.data(), kTurned, dy + m * tiles.O + o, tiles.O, rows, depth);
         for (int64_t c = 0; c < cols; c += kWide) {
           const int64_t used = std::min(kWide, cols - c);
           const int64_t width = used > kWidth<float> ? kWide : kWidth<float>;
           pack_row_pairs(panel.data(), width, x + m * tiles.I + i + c, tiles.I, used, depth);
-          amx::multiply_panel<false>(
-              shapes, g.data() + c, ld, m > 0, rows, width == kWide,
-              Term<float>{run.data(), kLanes, panel.data(), width, (depth + 1) / 2}, {});
+          const Term<float> term{run.data(), kTurned, panel.data(), width, (depth + 1) / 2};
+          amx::multiply_panel<false>(shapes, g.data() + c, ld, m > 0, rows, width == kWide, term,
+                                     {});
         }
       }
       visit(o_tile, i_tile, o, rows, i, cols, g.data(), ld);

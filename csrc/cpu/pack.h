@@ -189,21 +189,6 @@ inline void pack_row_pairs(float* dst, int64_t width, const at::BFloat16* src, i
   }
 }
 
-// dst[cols, (k + 1) / 2] of the same pairs: turned. Rows of dst are up to 16 more, and lanes, zeros.
-inline void pack_turned_pairs(float* dst, int64_t ld, const at::BFloat16* src, int64_t src_ld,
-                              int64_t cols, int64_t k) {
-  constexpr int64_t kSide = 16;
-  alignas(64) float square[kSide * kSide];
-  for (int64_t c = 0; c < cols; c += kSide) {
-    for (int64_t j = 0; j < k; j += 2 * kSide) {
-      const int64_t depth = std::min(2 * kSide, k - j);
-      pack_row_pairs(square, kSide, src + j * src_ld + c, src_ld, std::min(kSide, cols - c), depth);
-      std::fill(square + (depth + 1) / 2 * kSide, square + kSide * kSide, 0.0f);
-      at::vec::transpose_mxn<float, kSide, kSide>(square, kSide, dst + c * ld + j / 2, ld);
-    }
-  }
-}
-
 // All panels of a [k, cols] operand, one after another, each [lanes of k, kPanel or kWidth].
 // transposed: src is [cols, k]. kPairs: two values of k share a lane, k is even.
 template <bool kPairs, typename scalar_t, typename acc_t>
