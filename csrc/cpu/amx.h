@@ -106,6 +106,15 @@ class Tail {
   alignas(64) float rows[kSide * kLanes];
 };
 
+// sums[upper + lower rows, 16 or 32] += a b of what is in the tiles
+template <bool kTall, bool kWide>
+inline void multiply_tiles() {
+  _tile_dpbf16ps(0, 4, 6);
+  if constexpr (kWide) _tile_dpbf16ps(1, 4, 7);
+  if constexpr (kTall) _tile_dpbf16ps(2, 5, 6);
+  if constexpr (kTall && kWide) _tile_dpbf16ps(3, 5, 7);
+}
+
 // sums += a b over `lanes` lanes of k
 template <bool kColumnMajor, bool kTall, bool kWide>
 inline void step(int upper, int lower, const float* a, int64_t lda, const float* b, int64_t ldb,
@@ -128,10 +137,7 @@ inline void step(int upper, int lower, const float* a, int64_t lda, const float*
     _tile_loadd(4, a, lda * 4);
     if constexpr (kTall) _tile_loadd(5, a + kSide * lda, lda * 4);
   }
-  _tile_dpbf16ps(0, 4, 6);
-  if constexpr (kWide) _tile_dpbf16ps(1, 4, 7);
-  if constexpr (kTall) _tile_dpbf16ps(2, 5, 6);
-  if constexpr (kTall && kWide) _tile_dpbf16ps(3, 5, 7);
+  multiply_tiles<kTall, kWide>();
 }
 
 template <typename Term, bool kColumnMajor, bool kTall, bool kWide>
@@ -145,10 +151,9 @@ inline void accumulate(int upper, int lower, const Term& term, const Tail& tail)
                                      Tail::kLanes, tail.lanes);
 }
 
-template <typename Term, bool kColumnMajor, bool kTall, bool kWide>
-void tiles(float* c, int64_t ldc, bool add, int upper, int lower, const Term& first,
-           const Term& second, const std::array<Tail, 2>& tails) {
-  float* const c_low = c + kSide * ldc;
+template <bool kTall, bool kWide>
+inline void load_sums(const float* c, int64_t ldc, bool add) {
+  const float* const c_low = c + kSide * ldc;
   if (add) {
     _tile_loadd(0, c, ldc * 4);
     if constexpr (kWide) _tile_loadd(1, c + kSide, ldc * 4);
@@ -160,12 +165,24 @@ void tiles(float* c, int64_t ldc, bool add, int upper, int lower, const Term& fi
     if constexpr (kTall) _tile_zero(2);
     if constexpr (kTall && kWide) _tile_zero(3);
   }
-  accumulate<Term, kColumnMajor, kTall, kWide>(upper, lower, first, tails[0]);
-  accumulate<Term, kColumnMajor, kTall, kWide>(upper, lower, second, tails[1]);
+}
+
+template <bool kTall, bool kWide>
+inline void store_sums(float* c, int64_t ldc) {
+  float* const c_low = c + kSide * ldc;
   _tile_stored(0, c, ldc * 4);
   if constexpr (kWide) _tile_stored(1, c + kSide, ldc * 4);
   if constexpr (kTall) _tile_stored(2, c_low, ldc * 4);
   if constexpr (kTall && kWide) _tile_stored(3, c_low + kSide, ldc * 4);
+}
+
+template <typename Term, bool kColumnMajor, bool kTall, bool kWide>
+void tiles(float* c, int64_t ldc, bool add, int upper, int lower, const Term& first,
+           const Term& second, const std::array<Tail, 2>& tails) {
+  load_sums<kTall, kWide>(c, ldc, add);
+  accumulate<Term, kColumnMajor, kTall, kWide>(upper, lower, first, tails[0]);
+  accumulate<Term, kColumnMajor, kTall, kWide>(upper, lower, second, tails[1]);
+  store_sums<kTall, kWide>(c, ldc);
 }
 
 // c[rows, 32 if wide, else 16] (+)= a b + a2 b2

@@ -141,6 +141,12 @@ struct Block {
     return {from, i == last ? lanes() - from : kDepth, a + from, lanes()};
   }
 
+  // c[rows, a panel's width] (+)= the product of a pass, and of the last one the update
+  void multiply(acc_t* c, int64_t ldc, bool add, int64_t rows, bool wide, const Term<acc_t>& product,
+                const Term<acc_t>& update) const {
+    multiply_panel<acc_t, kPairs, false>(c, ldc, add, rows, wide, product, update);
+  }
+
   // whether all passes over a panel come before the next panel
   bool by_panel() const { return false; }
 

@@ -87,7 +87,7 @@ void block_product(Op& op, const Rows& rows_of) {
       ld = p.N;
     }
     const Lanes<acc_t> k = op.pass(pass, a, row, rows);
-    multiply_panel<acc_t, kPairs, false>(
+    op.multiply(
         sums, ld, Op::kStarts || pass > 0, rows, width == kWide,
         {k.a, k.lda, panel + k.from * width, width, k.depth},
         last ? op.update(t_all + row * Rp, panel + K * width, first, width) : Term<acc_t>{});

@@ -5,6 +5,7 @@
 //   up*[o, (r, s)] = up1[o, r] up2[o, s], and the kernels of lora_linear do the rest.
 // - Larger ones: ΔW is added to the panels of W, in the type of the sums, as they are packed, so
 //   that the product with W + ΔW is one. Tiles of dyᵀ x are consumed in cache (outer_tiles.h).
+//   AMX tiles make ΔW, and the gradients of its factors, of bfloat16 (hada_pairs.h).
 // Nothing is saved but x and the factors.
 
 #include <ATen/Dispatch.h>
@@ -17,6 +18,8 @@
 
 #include "four_factors.h"
 #include "gain.h"
+#include "hada_pair_gradients.h"
+#include "hada_pairs.h"
 #include "hada_tile.h"
 #include "lora_linear.h"
 #include "outer_tiles.h"
@@ -26,63 +29,88 @@ namespace {
 
 template <typename scalar_t_>
 struct Product : Block<scalar_t_, false> {
-  using Base = Block<scalar_t_, false>;
-  using typename Base::acc_t;
+  using acc_t = at::opmath_type<scalar_t_>;
   const Hadamard<acc_t>& h;
 
   void pack(acc_t* panel, int64_t first, int64_t width) const {
-    Base::pack(panel, first, width);
     const auto& p = this->p;
+    pack_panel<false>(panel, p.wide, p.transposed, p.K, p.N, first, width);
     const int64_t used = std::min(width, p.N - first);
     hada_panel(h, p.transposed, 0, p.K, first, used, width,
                [&](int64_t row, int64_t rows, const acc_t* one, const acc_t* two) {
                  acc_t* out = panel + row * width;
-                 for (int64_t k = 0; k < rows; ++k, out += width, one += width, two += width) {
-                   const acc_t by = p.transposed || !p.gain ? h.scale : h.scale * p.gain[row + k];
-                   for (int64_t j = 0; j < width; ++j) out[j] += by * one[j] * two[j];
-                 }
+                 for (int64_t i = 0; i < rows * width; ++i) out[i] += h.scale * one[i] * two[i];
                });
+    this->scale_rows(panel, width);
   }
 };
 
+// The update as products take it: in pairs where tiles multiply them.
+struct Update {
+  const at::Tensor &down1, &up1, &down2, &up2;
+  double scale;
 #if defined(LORAKERN_AMX)
-// The same where tiles multiply bfloat16 alone: each W + ΔW in float32 is the sum of two of them but
-// for 2^-9 of the smaller of ΔW and what one leaves out; a row of a meets the panels of both.
-struct TileProduct : Block<at::BFloat16, true> {
-  using Base = Block<at::BFloat16, true>;
-  static constexpr int64_t kParts = 2;
-  const Product<at::BFloat16> wide;
-
-  explicit TileProduct(const Product<at::BFloat16>& wide) : Base{wide.p}, wide(wide) {}
-
-  int64_t lanes() const { return kParts * Base::lanes(); }
-  void pack(float* panel, int64_t first, int64_t width) const {
-    std::vector<float> sums(p.K * width);
-    wide.pack(sums.data(), first, width);
-    for (int part = 0; part < kParts; ++part, panel += Base::lanes() * width)
-      take_row_pairs(panel, sums.data(), width, p.K);
-  }
-  int64_t passes() const { return kParts * Base::passes(); }
-  Lanes<float> pass(int64_t i, const float* a, int64_t row, int64_t rows) const {
-    Lanes<float> lanes = Base::pass(i % Base::passes(), a, row, rows);
-    lanes.from += i / Base::passes() * Base::lanes();
-    return lanes;
-  }
-  bool by_panel() const { return Base::passes() == 1; }
-};
+  std::optional<HadaPairs> pairs;
 #endif
+  Update(const at::Tensor& down1, const at::Tensor& up1, const at::Tensor& down2,
+         const at::Tensor& up2, double scale)
+      : down1(down1), up1(up1), down2(down2), up2(up2), scale(scale) {
+#if defined(LORAKERN_AMX)
+    if (up1.scalar_type() == at::kBFloat16 && amx::ready())
+      pairs.emplace(down1, up1, down2, up2, scale);
+#endif
+  }
+  template <typename scalar_t>
+  Hadamard<at::opmath_type<scalar_t>> wide() const {
+    return hadamard<scalar_t>(down1, up1, down2, up2, scale);
+  }
+};
 
 // The product with W + ΔW, by the way that suits it: run(op).
 template <typename scalar_t, typename Run>
-void with_product(const LowRank<scalar_t>& p, const Hadamard<at::opmath_type<scalar_t>>& h,
-                  const Run& run) {
-  Product<scalar_t> op{{p}, h};
+void with_product(const LowRank<scalar_t>& p, const Update& update, const Run& run) {
 #if defined(LORAKERN_AMX)
   if constexpr (std::is_same_v<scalar_t, at::BFloat16>) {
-    if (p.K % 2 == 0 && amx::ready()) return run(TileProduct(op));
+    if (p.K % 2 == 0 && update.pairs) return run(PairProduct{{p}, *update.pairs});
   }
 #endif
-  run(op);
+  const auto h = update.wide<scalar_t>();
+  run(Product<scalar_t>{{p}, h});
+}
+
+// The gradients of the factors, from dyᵀ x in tiles.
+template <typename scalar_t>
+std::array<at::Tensor, 4> factor_gradients(const Update& update, const at::Tensor& dy,
+                                           const at::Tensor& x, const at::Tensor& gain, int64_t O,
+                                           int64_t I, const bool* needs) {
+  using acc_t = at::opmath_type<scalar_t>;
+  const int64_t M = rows_in(x);
+  const auto* const gains = data_or_null<acc_t>(gain);
+#if defined(LORAKERN_AMX)
+  if constexpr (std::is_same_v<scalar_t, at::BFloat16>) {
+    if (update.pairs) {
+      const Tiles tiles = amx_tiles(O, I);
+      const HadaPairGradients sums(*update.pairs, tiles, gains);
+      outer_amx_tiles(tiles, data<scalar_t>(dy), data<scalar_t>(x), M,
+                      [&](auto... tile) { sums.add(tile...); });
+      return sums.total(needs);
+    }
+  }
+#endif
+  const auto h = update.wide<scalar_t>();
+  const Tiles tiles(O, I);
+  const HadaGradients<acc_t> sums(h, tiles.o_count, tiles.i_count);
+  outer_tiles<scalar_t, kPairsOf<scalar_t>>(
+      tiles, data<scalar_t>(dy), data<scalar_t>(x), M,
+      [&](int64_t o_tile, int64_t i_tile, int64_t o, int64_t rows, int64_t i, int64_t cols,
+          auto* t, int64_t ld) {
+        for (int64_t r = 0; r < rows; ++r) {
+          const auto by = gains ? h.scale * gains[o + r] : h.scale;
+          for (int64_t c = 0; c < cols; ++c) t[r * ld + c] *= by;
+        }
+        sums.add(o_tile, i_tile, o, rows, i, cols, t, ld);
+      });
+  return sums.total(needs, x.options());
 }
 
 // The update as one low-rank product, up [O, R·S] down [R·S, I], and its gradients' way back.
@@ -154,9 +182,9 @@ at::Tensor hada_linear_fwd_cpu(const at::Tensor& x, const at::Tensor& weight,
   sizes.back() = O;
   at::Tensor y = at::empty(sizes, x.options());
   if (y.numel() == 0) return y;
+  const Update update(down1, up1, down2, up2, scale);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "hada_linear", [&] {
-    const auto h = hadamard<scalar_t>(down1, up1, down2, up2, scale);
-    with_product(forward_product<scalar_t>(x, w, b, {}, {}, y, g), h,
+    with_product(forward_product<scalar_t>(x, w, b, {}, {}, y, g), update,
                  [](auto op) { block_product(op, rows_of(op)); });
   });
   return y;
@@ -190,40 +218,26 @@ SixTensors hada_linear_bwd_cpu(const at::Tensor& dy, const at::Tensor& x, const 
   };
   at::Tensor dx = make(needs[0], x.sizes()),
              dgain = at::zeros({needs[5] ? O : 0}, gain ? gain->options() : x.options());
+  const at::Tensor* const factors[4] = {&down1, &up1, &down2, &up2};
   std::array<at::Tensor, 4> grads;
+  for (int k = 0; k < 4; ++k) grads[k] = make(needs[k + 1], factors[k]->sizes());
+  if (M == 0) return {dx, grads[0], grads[1], grads[2], grads[3], dgain};
+  const Update update(down1, up1, down2, up2, scale);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "hada_linear", [&] {
-    const auto h = hadamard<scalar_t>(down1, up1, down2, up2, scale);
-    if (needs[5] && M > 0) {
-      with_product(forward_product<scalar_t>(x, w, {}, {}, {}, {}, {}), h, [&](const auto& op) {
+    if (needs[5]) {
+      with_product(forward_product<scalar_t>(x, w, {}, {}, {}, {}, {}), update, [&](const auto& op) {
         gain_gradient(op, data<scalar_t>(dy),
                       dgain.mutable_data_ptr<at::opmath_type<scalar_t>>());
       });
     }
-    if (needs[0] && M > 0) {
+    if (needs[0]) {
       const LowRank<scalar_t> p{M, O, I, 0, data<scalar_t>(dy), data<scalar_t>(w), nullptr,
                                 nullptr, nullptr, false, dx.mutable_data_ptr<scalar_t>(),
                                 x.options(), data_or_null<at::opmath_type<scalar_t>>(g)};
-      with_product(p, h, [](auto op) { block_product(op, rows_of(op)); });
+      with_product(p, update, [](auto op) { block_product(op, rows_of(op)); });
     }
-    const bool none = M == 0 || !(needs[1] || needs[2] || needs[3] || needs[4]);
-    const Tiles tiles(O, I);
-    const HadaGradients<at::opmath_type<scalar_t>> sums(h, tiles.o_count, tiles.i_count);
-    if (none) {
-      for (int k = 0; k < 2; ++k) sums.up_parts[k].zero_(), sums.down_parts[k].zero_();
-    } else {
-      const auto* const gains = data_or_null<at::opmath_type<scalar_t>>(g);
-      outer_tiles<scalar_t, kPairsOf<scalar_t>>(
-          tiles, data<scalar_t>(dy), data<scalar_t>(x), M,
-          [&](int64_t o_tile, int64_t i_tile, int64_t o, int64_t rows, int64_t i, int64_t cols,
-              auto* t, int64_t ld) {
-            for (int64_t r = 0; r < rows; ++r) {
-              const auto by = gains ? h.scale * gains[o + r] : h.scale;
-              for (int64_t c = 0; c < cols; ++c) t[r * ld + c] *= by;
-            }
-            sums.add(o_tile, i_tile, o, rows, i, cols, t, ld);
-          });
-    }
-    grads = sums.total(&needs[1], x.options());
+    if (needs[1] || needs[2] || needs[3] || needs[4])
+      grads = factor_gradients<scalar_t>(update, dy, x, g, O, I, &needs[1]);
   });
   return {dx, grads[0], grads[1], grads[2], grads[3], dgain};
 }

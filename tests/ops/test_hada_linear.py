@@ -26,6 +26,10 @@ SHAPES = [
     ((3, 43), 129, 33, 20, 1),
     ((300,), 330, 170, 9, 12),
     ((9, 14), 200, 120, 1, 1),
+    # several tiles and runs of rows, ranks of more than a tile, several passes over I
+    ((601,), 362, 702, 20, 17),
+    ((1,), 64, 50, 40, 33),
+    ((3,), 4200, 34, 16, 2),
 ]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=name)
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=name)
