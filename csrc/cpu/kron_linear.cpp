@@ -13,6 +13,7 @@
 #include "four_factors.h"
 #include "gain.h"
 #include "kron_block.h"
+#include "kron_tiles_block.h"
 #include "linear.h"
 
 namespace lorakern {
@@ -31,11 +32,35 @@ void check(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& c_up
   if (d_down) check_like(*d_down, "d_down", x);
 }
 
+#if defined(LORAKERN_AMX)
+// whether D, made whole if it is not, is multiplied faster in tiles than two narrow factors are not
+bool fits_tiles(const Kron<float>& f) {
+  return f.A % 2 == 0 && f.B % 2 == 0 && f.P % 2 == 0 && f.Q % 2 == 0 &&
+         (f.R == 0 || f.P * f.Q < 16 * f.R * (f.P + f.Q)) && amx::ready();
+}
+
+// C and D whole in bfloat16
+std::pair<at::Tensor, at::Tensor> rounded(const Kron<float>& f) {
+  const at::Tensor d = f.R ? at::matmul(f.d_up, f.d_down) : f.d;
+  return {f.c.to(at::kBFloat16), d.to(at::kBFloat16)};
+}
+#endif
+
 // runs run(op) with the forward op of these operands
 template <typename scalar_t, typename Run>
 void with_forward(const LowRank<scalar_t>& p, const Kron<at::opmath_type<scalar_t>>& f,
                   double scale, const Run& run) {
   using acc_t = at::opmath_type<scalar_t>;
+#if defined(LORAKERN_AMX)
+  if constexpr (std::is_same_v<scalar_t, at::BFloat16>) {
+    if (fits_tiles(f)) {
+      const auto [C, D] = rounded(f);
+      const KronTiles tiles(C, D);
+      KronTilesForward op{{p}, tiles, static_cast<float>(scale)};
+      return run(op);
+    }
+  }
+#endif
   const at::Tensor c = f.c * scale;
   Inner<acc_t> turned(f, true);
   with_pairs<scalar_t>(p.K, [&](auto pairs) {
