@@ -56,7 +56,8 @@ void with_forward(const LowRank<scalar_t>& p, const Kron<at::opmath_type<scalar_
     if (fits_tiles(f)) {
       const auto [C, D] = rounded(f);
       const KronTiles tiles(C, D);
-      KronTilesForward op{{p}, tiles, static_cast<float>(scale)};
+      KronTilesForward op(p, tiles, static_cast<float>(scale));
+      op.make_room(rows_of(op).slots);
       return run(op);
     }
   }
@@ -72,6 +73,26 @@ void with_forward(const LowRank<scalar_t>& p, const Kron<at::opmath_type<scalar_
     op.room = room.mutable_data_ptr<acc_t>();
     run(op);
   });
+}
+
+// (dC, {dD}) beside dx in p, where bfloat16 is multiplied in tiles
+template <typename scalar_t>
+std::optional<std::pair<at::Tensor, std::vector<at::Tensor>>> backward_in_tiles(
+    const LowRank<scalar_t>& p, const Kron<at::opmath_type<scalar_t>>& f, const scalar_t* x,
+    double scale, bool need_dc, bool need_dd) {
+#if defined(LORAKERN_AMX)
+  if constexpr (std::is_same_v<scalar_t, at::BFloat16>) {
+    if (p.gain || p.M == 0 || !fits_tiles(f)) return {};
+    const auto [C, D] = rounded(f);
+    const KronTiles turned(C.t().contiguous(), D.t().contiguous());
+    KronTilesBackward op(p, turned, x, static_cast<float>(scale), p.N > 0, need_dc, need_dd);
+    const Rows rows = rows_of(op);
+    op.make_room(rows.slots);
+    block_product(op, rows);
+    return {{op.whole(op.dc, op.b, op.a) * scale, {op.whole(op.dd, op.q, op.across_p) * scale}}};
+  }
+#endif
+  return {};
 }
 
 }  // namespace
@@ -123,14 +144,18 @@ SixTensors kron_linear_bwd_cpu(const at::Tensor& dy, const at::Tensor& x, const 
         gain_gradient(op, data<scalar_t>(dy), dgain.mutable_data_ptr<at::opmath_type<scalar_t>>());
       });
     }
-    const int64_t Bp = padded<acc_t>(f.B), Rp = padded<acc_t>(f.R);
-    const int64_t dd_size = KronBackward<scalar_t, false>::dd_size(f);
-    const at::Tensor c = f.c * scale;
-    Inner<acc_t> turned(f, true), straight(f, false);
     const LowRank<scalar_t> p{M, O, needs[0] ? I : 0, 0, data<scalar_t>(dy), data<scalar_t>(w),
                               nullptr, nullptr, nullptr, false,
                               needs[0] ? dx.mutable_data_ptr<scalar_t>() : nullptr, x.options(),
                               data_or_null<at::opmath_type<scalar_t>>(g)};
+    if (const auto grads = backward_in_tiles(p, f, data<scalar_t>(x), scale, need_dc, need_dd)) {
+      std::tie(dc, dd) = *grads;
+      return;
+    }
+    const int64_t Bp = padded<acc_t>(f.B), Rp = padded<acc_t>(f.R);
+    const int64_t dd_size = KronBackward<scalar_t, false>::dd_size(f);
+    const at::Tensor c = f.c * scale;
+    Inner<acc_t> turned(f, true), straight(f, false);
     at::Tensor parts_c = scratch<acc_t>(f.A * Bp, x.options()).zero_(),
                parts_d = scratch<acc_t>(dd_size, x.options()).zero_();
     if (M > 0 && (needs[0] || need_dc || need_dd)) {

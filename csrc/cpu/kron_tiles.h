@@ -146,6 +146,14 @@ inline void turn_sums(float* to, const float* sums, int64_t lanes) {
     if (i < lanes) _mm512_store_ps(to + 16 * i, _mm512_castpd_ps(out[i]));
 }
 
+// left[16 or fewer, 16] of pairs: the columns of up to 32 rows, ld apart, zero beyond them
+inline void turn_rows(float* left, const at::BFloat16* from, int64_t ld, int64_t rows,
+                      int64_t columns) {
+  alignas(64) float pairs[256];
+  pair_rows(pairs, from, ld, rows, columns);
+  amx::turn(left, pairs, amx::kSide, amx::kSide, rows / 2);
+}
+
 // C [A, B] and D [P, Q] as operands: y = s·C (X Dᵀ), or of the turned factors dx.
 struct KronTiles {
   int64_t A, B, P, Q;
@@ -174,9 +182,6 @@ struct KronTiles {
       pack_transposed(d.mutable_data_ptr<float>() + j * Q / 2 * 16, 16,
                       lanes(D) + cols.at(j) * Q / 2, Q / 2, cols.side, Q / 2);
   }
-
-  // floats of a stripe of each 16 of `cols` columns, for a row of `height` of them
-  static int64_t stripes(int64_t height, int64_t cols) { return Cut(cols).count * height * 16; }
 
   // h in stripes [count·B, P] = X Dᵀ of `count` rows of x
   void by_d(amx::Shapes& shapes, float* h, const at::BFloat16* x, int64_t count) const {
