@@ -86,10 +86,10 @@ std::optional<std::pair<at::Tensor, std::vector<at::Tensor>>> backward_in_tiles(
     const auto [C, D] = rounded(f);
     const KronTiles turned(C.t().contiguous(), D.t().contiguous());
     KronTilesBackward op(p, turned, x, static_cast<float>(scale), p.N > 0, need_dc, need_dd);
-    const Rows rows = rows_of(op);
+    const Rows rows(p.M, op.lanes(), sizeof(float), p.M * p.K * f.B * f.Q, kHeight<true>);
     op.make_room(rows.slots);
     block_product(op, rows);
-    return {{op.whole(op.dc, op.b, op.a) * scale, {op.whole(op.dd, op.q, op.across_p) * scale}}};
+    return {{turned_sum(op.dc, op.b, op.a) * scale, {turned_sum(op.dd, op.q, op.across_p) * scale}}};
   }
 #endif
   return {};

@@ -30,57 +30,66 @@ struct Steps {
   }
 };
 
-// Two by two tiles, or fewer: see multiply_tiles.
-template <bool kTall, bool kWide, typename Left, typename Right, typename Out>
-inline void tile_sums(int64_t i, int64_t j, int64_t runs, int64_t steps, bool add, int64_t lda,
-                      const Left& left, const Right& right, int64_t ldc, const Out& out) {
+// A sum over `runs` of `steps` of lanes: the bytes from a row of a left tile to the next, and the
+// floats from an operand's tile to that of the next run and of the next step.
+struct Sum {
+  int64_t runs, steps, lda, left_run, left_step, right_run, right_step;
+};
+
+// tiles c (+)= left right, two by two or fewer: a right tile has its rows side by side
+template <bool kTall, bool kWide>
+inline void tile_sums(const std::array<float*, 4>& c, int64_t ldc, bool add, const Sum& sum,
+                      const std::array<const float*, 2>& left,
+                      const std::array<const float*, 2>& right) {
   if (add) {
-    _tile_loadd(0, out(i, j), ldc);
-    if constexpr (kWide) _tile_loadd(1, out(i, j + 1), ldc);
-    if constexpr (kTall) _tile_loadd(2, out(i + 1, j), ldc);
-    if constexpr (kTall && kWide) _tile_loadd(3, out(i + 1, j + 1), ldc);
+    _tile_loadd(0, c[0], ldc);
+    if constexpr (kWide) _tile_loadd(1, c[1], ldc);
+    if constexpr (kTall) _tile_loadd(2, c[2], ldc);
+    if constexpr (kTall && kWide) _tile_loadd(3, c[3], ldc);
   } else {
     _tile_zero(0);
     if constexpr (kWide) _tile_zero(1);
     if constexpr (kTall) _tile_zero(2);
     if constexpr (kTall && kWide) _tile_zero(3);
   }
-  for (int64_t m = 0; m < runs; ++m)
-    for (int64_t k = 0; k < steps; ++k) {
-      _tile_loadd(4, left(i, m, k), lda);
-      _tile_loadd(6, right(j, m, k), 64);
+  for (int64_t m = 0; m < sum.runs; ++m) {
+    int64_t a = m * sum.left_run, b = m * sum.right_run;
+    for (int64_t k = 0; k < sum.steps; ++k, a += sum.left_step, b += sum.right_step) {
+      _tile_loadd(4, left[0] + a, sum.lda);
+      _tile_loadd(6, right[0] + b, 64);
       _tile_dpbf16ps(0, 4, 6);
       if constexpr (kWide) {
-        _tile_loadd(7, right(j + 1, m, k), 64);
+        _tile_loadd(7, right[1] + b, 64);
         _tile_dpbf16ps(1, 4, 7);
       }
       if constexpr (kTall) {
-        _tile_loadd(5, left(i + 1, m, k), lda);
+        _tile_loadd(5, left[1] + a, sum.lda);
         _tile_dpbf16ps(2, 5, 6);
       }
       if constexpr (kTall && kWide) _tile_dpbf16ps(3, 5, 7);
     }
-  _tile_stored(0, out(i, j), ldc);
-  if constexpr (kWide) _tile_stored(1, out(i, j + 1), ldc);
-  if constexpr (kTall) _tile_stored(2, out(i + 1, j), ldc);
-  if constexpr (kTall && kWide) _tile_stored(3, out(i + 1, j + 1), ldc);
+  }
+  _tile_stored(0, c[0], ldc);
+  if constexpr (kWide) _tile_stored(1, c[1], ldc);
+  if constexpr (kTall) _tile_stored(2, c[2], ldc);
+  if constexpr (kTall && kWide) _tile_stored(3, c[3], ldc);
 }
 
-// out(i, j) (+)= the sum of left(i, m, k) right(j, m, k) over m < runs and k < steps, for tiles
-// i < rows and j < cols. lda and ldc: bytes from a row of a tile to the next.
+// out(i, j) (+)= left(i) right(j) for tiles i < rows and j < cols, each where its first float is;
+// ldc: bytes from a row of out to the next
 template <typename Left, typename Right, typename Out>
-void multiply_tiles(int64_t rows, int64_t cols, int64_t runs, int64_t steps, bool add, int64_t lda,
-                    const Left& left, const Right& right, int64_t ldc, const Out& out) {
+inline void multiply_tiles(int64_t rows, int64_t cols, const Sum& sum, bool add, const Left& left,
+                           const Right& right, int64_t ldc, const Out& out) {
   amx::written();
   for (int64_t i = 0; i < rows; i += 2)
     for (int64_t j = 0; j < cols; j += 2) {
-      const auto run = [&](auto tall, auto wide) {
-        tile_sums<tall.value, wide.value>(i, j, runs, steps, add, lda, left, right, ldc, out);
-      };
-      const auto across = [&](auto tall) {
-        j + 1 < cols ? run(tall, std::true_type{}) : run(tall, std::false_type{});
-      };
-      i + 1 < rows ? across(std::true_type{}) : across(std::false_type{});
+      const int64_t low = std::min(i + 1, rows - 1), next = std::min(j + 1, cols - 1);
+      const std::array c{out(i, j), out(i, next), out(low, j), out(low, next)};
+      const std::array<const float*, 2> a{left(i), left(low)}, b{right(j), right(next)};
+      const auto run = low > i ? next > j ? tile_sums<true, true> : tile_sums<true, false>
+                       : next > j ? tile_sums<false, true>
+                                  : tile_sums<false, false>;
+      run(c, ldc, add, sum, a, b);
     }
   amx::written();
 }
@@ -186,40 +195,41 @@ struct KronTiles {
   // h in stripes [count·B, P] = X Dᵀ of `count` rows of x
   void by_d(amx::Shapes& shapes, float* h, const at::BFloat16* x, int64_t count) const {
     const Cut all(count * B);
-    const float* const right_d = d.const_data_ptr<float>();
+    const auto* const lanes = reinterpret_cast<const float*>(x);
+    const float* const right = d.const_data_ptr<float>();
+    const int64_t depth = Q / 2;
     shapes.set(all.side, all.side, inner.length);
     multiply_tiles(
-        all.count, cols.count, 1, inner.count, false, 2 * Q,
-        [&](int64_t i, int64_t, int64_t k) { return x + all.at(i) * Q + 2 * k * inner.length; },
-        [&](int64_t j, int64_t, int64_t k) {
-          return right_d + (j * Q / 2 + k * inner.length) * 16;
-        },
-        64, [&](int64_t i, int64_t j) { return h + (j * all.n + all.at(i)) * 16; });
+        all.count, cols.count, {1, inner.count, 4 * depth, 0, inner.length, 0, inner.length * 16},
+        false, [=](int64_t i) { return lanes + all.at(i) * depth; },
+        [=](int64_t j) { return right + j * depth * 16; }, 64,
+        [=](int64_t i, int64_t j) { return h + (j * all.n + all.at(i)) * 16; });
   }
 
   // out(m, a, j), rows of ldc bytes, = C times the pairs of row m in stripe j, for the tile from row
-  // a on; pairs are in stripes of count·B rows
+  // a on and the `side` columns of a tile; pairs are in stripes of count·B rows
   template <typename Out>
-  void by_c(amx::Shapes& shapes, const float* pairs, int64_t count, const Cut& columns, int64_t side,
+  void by_c(amx::Shapes& shapes, const float* pairs, int64_t count, int64_t stripes, int64_t side,
             int64_t ldc, const Out& out) const {
-    const float* const left_c = c.const_data_ptr<float>();
-    shapes.set(rows.side, rows.side, outer.length, side);
+    const float* const left = c.const_data_ptr<float>();
+    const int64_t depth = B / 2, steps = outer.count, length = outer.length;
+    const Cut rows = this->rows;
+    shapes.set(rows.side, rows.side, length, side);
     for (int64_t m = 0; m < count; ++m)
       multiply_tiles(
-          rows.count, columns.count, 1, outer.count, false, 64,
-          [&](int64_t i, int64_t, int64_t k) { return left_c + (i * outer.count + k) * 256; },
-          [&](int64_t j, int64_t, int64_t k) {
-            return pairs + ((j * count + m) * B / 2 + k * outer.length) * 16;
-          },
-          ldc, [&](int64_t i, int64_t j) { return out(m, rows.at(i), j); });
+          rows.count, stripes, {1, steps, 64, 0, 256, 0, length * 16}, false,
+          [=](int64_t i) { return left + i * steps * 256; },
+          [=](int64_t j) { return pairs + (j * count + m) * depth * 16; }, ldc,
+          [=](int64_t i, int64_t j) { return out(m, rows.at(i), j); });
   }
 
   // out[count, ld] rows [A, P] = s·C H, with h's stripes of by_d, which become pairs
   void finish(amx::Shapes& shapes, float* out, int64_t ld, float* h, int64_t count, float s) const {
     pair_sums(h, cols.count * count * B, s);
-    by_c(shapes, h, count, cols, cols.side, 4 * P, [&](int64_t m, int64_t a, int64_t j) {
-      return out + m * ld + a * P + cols.at(j);
-    });
+    by_c(shapes, h, count, cols.count, cols.side, 4 * P,
+         [=, P = P, cols = cols](int64_t m, int64_t a, int64_t j) {
+           return out + m * ld + a * P + cols.at(j);
+         });
   }
 };
 

@@ -119,16 +119,15 @@ struct KronTilesBackward : KronTilesBlock {
                     v + ((j * count + m) * A + a.at(i)) * 16, q.side / 2);
     float* const sums = dc.mutable_data_ptr<float>() + slot * b.count * a.count * 256;
     const Steps steps(Q / 2);
+    const auto* const lanes = reinterpret_cast<const float*>(xs);
+    const int64_t depth = Q / 2;
     shapes.set(b.side, b.side, steps.length);
     multiply_tiles(
-        b.count, a.count, count, steps.count, true, 2 * Q,
-        [&](int64_t i, int64_t m, int64_t k) {
-          return xs + (m * B + b.at(i)) * Q + 2 * k * steps.length;
-        },
-        [&](int64_t j, int64_t m, int64_t k) {
-          return pairs + ((j * count + m) * Q / 2 + k * steps.length) * 16;
-        },
-        64, [&](int64_t i, int64_t j) { return sums + (i * a.count + j) * 256; });
+        b.count, a.count,
+        {count, steps.count, 4 * depth, B * depth, steps.length, depth * 16, steps.length * 16},
+        true, [=, b = b](int64_t i) { return lanes + b.at(i) * depth; },
+        [=](int64_t j) { return pairs + j * count * depth * 16; }, 64,
+        [=, width = a.count](int64_t i, int64_t j) { return sums + (i * width + j) * 256; });
   }
 
   void add_dd(amx::Shapes& shapes, int64_t slot, float* pairs, const at::BFloat16* dy,
@@ -140,8 +139,9 @@ struct KronTilesBackward : KronTilesBlock {
       pair_rows(pairs + j * count * A / 2 * 16, dy + across_p.at(j), P, count * A, across_p.side);
       std::fill(t + (j * height + count * B) * 16, t + (j + 1) * height * 16, 0.f);
     }
-    turned.by_c(shapes, pairs, count, across_p, kTall, 64,
-                [&](int64_t m, int64_t b, int64_t j) { return t + (j * height + m * B + b) * 16; });
+    turned.by_c(
+        shapes, pairs, count, across_p.count, kTall, 64,
+        [=, B = B](int64_t m, int64_t b, int64_t j) { return t + (j * height + m * B + b) * 16; });
     pair_sums(t, across_p.count * height, 1);
     for (int64_t i = 0; i < q.count; ++i)
       for (int64_t k = 0; k < steps; ++k)
@@ -150,29 +150,31 @@ struct KronTilesBackward : KronTilesBlock {
     float* const sums = dd.mutable_data_ptr<float>() + slot * q.count * across_p.count * 256;
     shapes.set(q.side, q.side);
     multiply_tiles(
-        q.count, across_p.count, 1, steps, true, 64,
-        [&](int64_t i, int64_t, int64_t k) { return left + (i * steps + k) * 256; },
-        [&](int64_t j, int64_t, int64_t k) { return t + (j * height / 2 + k * kTall) * 16; }, 64,
-        [&](int64_t i, int64_t j) { return sums + (i * across_p.count + j) * 256; });
+        q.count, across_p.count, {1, steps, 64, 0, 256, 0, 256}, true,
+        [=](int64_t i) { return left + i * steps * 256; },
+        [=](int64_t j) { return t + j * height * 8; }, 64,
+        [=, width = across_p.count](int64_t i, int64_t j) { return sums + (i * width + j) * 256; });
   }
 
- public:
-  // [columns, rows] of the sum over slots of tiles [rows][columns] of the turned matrix
-  static at::Tensor whole(const at::Tensor& parts, const Cut& rows, const Cut& columns) {
-    const at::Tensor tiles = parts.view({-1, rows.count * columns.count * 256}).sum(0);
-    at::Tensor matrix = at::empty({columns.n, rows.n}, tiles.options());
-    for (int64_t i = 0; i < rows.count; ++i)
-      for (int64_t j = 0; j < columns.count; ++j)
-        matrix.narrow(0, columns.at(j), columns.side)
-            .narrow(1, rows.at(i), rows.side)
-            .copy_(tiles.narrow(0, (i * columns.count + j) * 256, 256)
-                       .view({16, 16})
-                       .narrow(0, 0, rows.side)
-                       .narrow(1, 0, columns.side)
-                       .t());
-    return matrix;
-  }
 };
+
+// [columns, rows] of the sum over slots of tiles [rows][columns] of the turned matrix
+inline at::Tensor turned_sum(const at::Tensor& tiles, const Cut& rows, const Cut& columns) {
+  const int64_t size = rows.count * columns.count * 256;
+  at::Tensor sum = at::empty({columns.n, rows.n}, tiles.options());
+  const float* const from = tiles.const_data_ptr<float>();
+  float* const to = sum.mutable_data_ptr<float>();
+  for (int64_t i = 0; i < rows.n; ++i)
+    for (int64_t j = 0; j < columns.n; ++j) {
+      const int64_t row = i / amx::kSide, column = j / amx::kSide;
+      const int64_t at = (row * columns.count + column) * 256 + (i - rows.at(row)) * 16 + j -
+                         columns.at(column);
+      float total = 0;
+      for (int64_t slot = at; slot < tiles.numel(); slot += size) total += from[slot];
+      to[j * rows.n + i] = total;
+    }
+  return sum;
+}
 
 }  // namespace lorakern
 
