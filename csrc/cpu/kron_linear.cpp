@@ -1,7 +1,8 @@
 // kron_linear on CPU. Spec: lorakern/ops/kron_linear/reference.py
 //
 // The plain-torch spec turns and writes tensors of x's and y's size for each product with C and D;
-// here both meet a block of rows in cache (kron_block.h). Saved: x and the factors.
+// here both meet a block of rows in cache (kron_block.h), and bfloat16 does in tiles where a machine
+// has them (kron_tiles_block.h). Saved: x and the factors.
 
 #include <ATen/Dispatch.h>
 #include <ATen/TensorOperators.h>
@@ -33,7 +34,8 @@ void check(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& c_up
 }
 
 #if defined(LORAKERN_AMX)
-// whether D, made whole if it is not, is multiplied faster in tiles than two narrow factors are not
+// whether factors are multiplied in tiles, with D made whole: not two that are narrow enough to be
+// faster in float32
 bool fits_tiles(const Kron<float>& f) {
   return f.A % 2 == 0 && f.B % 2 == 0 && f.P % 2 == 0 && f.Q % 2 == 0 &&
          (f.R == 0 || f.P * f.Q < 16 * f.R * (f.P + f.Q)) && amx::ready();
