@@ -36,37 +36,36 @@ inline bool ready() {
 // the compiler does not know that a tile is loaded from memory: what was written before is there
 inline void written() { asm volatile("" ::: "memory"); }
 
-// The shapes of all tiles while it lives: `upper` and `lower` rows of sums and of a. No other of a
-// thread may be used while it lives. To set one costs hundreds of cycles.
+// The shapes of all tiles while it lives: `upper` and `lower` rows of sums and of a, `lanes` of k and
+// `cols` columns. No other of a thread may be used while it lives. To set one costs hundreds of cycles.
 class Shapes {
  public:
   Shapes() = default;
   Shapes(const Shapes&) = delete;
   Shapes& operator=(const Shapes&) = delete;
   ~Shapes() {
-    if (upper_) _tile_release();
+    if (set_[0]) _tile_release();
   }
-  void set(int upper, int lower) {
+  void set(int upper, int lower, int lanes = kSide, int cols = kSide) {
     // no lower rows use no lower tiles
-    if (upper == upper_ && (lower == lower_ || lower == 0)) return;
-    upper_ = upper;
-    lower_ = lower;
+    if (set_ == std::array{upper, lower ? lower : set_[1], lanes, cols}) return;
+    set_ = {upper, lower, lanes, cols};
     alignas(64) struct {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
       uint16_t bytes[16] = {};
       uint8_t rows[16] = {};
     } config;
-    const int rows[8] = {upper, upper, lower, lower, upper, lower, kSide, kSide};
+    const int rows[8] = {upper, upper, lower, lower, upper, lower, lanes, lanes};
     for (int i = 0; i < 8; ++i) {
       config.rows[i] = static_cast<uint8_t>(rows[i]);
-      config.bytes[i] = rows[i] ? 64 : 0;
+      config.bytes[i] = rows[i] ? 4 * (i == 4 || i == 5 ? lanes : cols) : 0;
     }
     written();
     _tile_loadconfig(&config);
   }
 
  private:
-  int upper_ = 0, lower_ = 0;
+  std::array<int, 4> set_{};
 };
 
 // to[16 or fewer rows, 16] = from[rows, lanes] and zeros beyond them

@@ -1,7 +1,8 @@
 // kron_linear on CPU. Spec: lorakern/ops/kron_linear/reference.py
 //
 // The plain-torch spec turns and writes tensors of x's and y's size for each product with C and D;
-// here both meet a block of rows in cache (kron_block.h). Saved: x and the factors.
+// here both meet a block of rows in cache (kron_block.h), and bfloat16 does in tiles where a machine
+// has them (kron_tiles_block.h). Saved: x and the factors.
 
 #include <ATen/Dispatch.h>
 #include <ATen/TensorOperators.h>
@@ -15,6 +16,7 @@
 #include "four_factors.h"
 #include "gain.h"
 #include "kron_block.h"
+#include "kron_tiles_block.h"
 #include "linear.h"
 
 namespace lorakern {
@@ -44,11 +46,37 @@ bool by_torch(const at::Tensor& x, const std::optional<at::Tensor>& gain, int64_
   return few_rows(x, M, O * I, few);
 }
 
+#if defined(LORAKERN_AMX)
+// whether factors are multiplied in tiles, with D made whole: not two that are narrow enough to be
+// faster in float32
+bool fits_tiles(const Kron<float>& f) {
+  return f.A % 2 == 0 && f.B % 2 == 0 && f.P % 2 == 0 && f.Q % 2 == 0 &&
+         (f.R == 0 || f.P * f.Q < 16 * f.R * (f.P + f.Q)) && amx::ready();
+}
+
+// C and D whole in bfloat16
+std::pair<at::Tensor, at::Tensor> rounded(const Kron<float>& f) {
+  const at::Tensor d = f.R ? at::matmul(f.d_up, f.d_down) : f.d;
+  return {f.c.to(at::kBFloat16), d.to(at::kBFloat16)};
+}
+#endif
+
 // runs run(op) with the forward op of these operands
 template <typename scalar_t, typename Run>
 void with_forward(const LowRank<scalar_t>& p, const Kron<at::opmath_type<scalar_t>>& f,
                   double scale, bool adds, const Run& run) {
   using acc_t = at::opmath_type<scalar_t>;
+#if defined(LORAKERN_AMX)
+  if constexpr (std::is_same_v<scalar_t, at::BFloat16>) {
+    if (fits_tiles(f)) {
+      const auto [C, D] = rounded(f);
+      const KronTiles tiles(C, D);
+      KronTilesForward op(p, tiles, static_cast<float>(scale));
+      op.make_room(rows_of(op).slots);
+      return run(op);
+    }
+  }
+#endif
   const at::Tensor c = f.c * scale;
   Inner<acc_t> turned(f, true);
   with_pairs<scalar_t>(p.K, [&](auto pairs) {
@@ -60,6 +88,26 @@ void with_forward(const LowRank<scalar_t>& p, const Kron<at::opmath_type<scalar_
     op.room = room.mutable_data_ptr<acc_t>();
     run(op);
   });
+}
+
+// (dC, {dD}) beside dx in p, where bfloat16 is multiplied in tiles
+template <typename scalar_t>
+std::optional<std::pair<at::Tensor, std::vector<at::Tensor>>> backward_in_tiles(
+    const LowRank<scalar_t>& p, const Kron<at::opmath_type<scalar_t>>& f, const scalar_t* x,
+    double scale, bool need_dc, bool need_dd) {
+#if defined(LORAKERN_AMX)
+  if constexpr (std::is_same_v<scalar_t, at::BFloat16>) {
+    if (p.gain || p.M == 0 || !fits_tiles(f)) return {};
+    const auto [C, D] = rounded(f);
+    const KronTiles turned(C.t().contiguous(), D.t().contiguous());
+    KronTilesBackward op(p, turned, x, static_cast<float>(scale), p.N > 0, need_dc, need_dd);
+    const Rows rows(p.M, op.lanes(), sizeof(float), p.M * p.K * f.B * f.Q, kHeight<true>);
+    op.make_room(rows.slots);
+    block_product(op, rows);
+    return {{turned_sum(op.dc, op.b, op.a) * scale, {turned_sum(op.dd, op.q, op.across_p) * scale}}};
+  }
+#endif
+  return {};
 }
 
 }  // namespace
@@ -125,14 +173,18 @@ SixTensors kron_linear_bwd_cpu(const at::Tensor& dy, const at::Tensor& x, const 
                      gain_gradient(op, data<scalar_t>(dy), dgain.mutable_data_ptr<acc_t>());
                    });
     }
-    const int64_t Bp = padded<acc_t>(f.B), Rp = padded<acc_t>(f.R);
-    const int64_t dd_size = KronBackward<scalar_t, false>::dd_size(f);
-    const at::Tensor c = f.c * scale;
-    Inner<acc_t> turned(f, true), straight(f, false);
     const LowRank<scalar_t> p{M, O, needs[0] ? I : 0, 0, data<scalar_t>(dy), data<scalar_t>(w),
                               nullptr, nullptr, nullptr, false,
                               needs[0] ? dx.mutable_data_ptr<scalar_t>() : nullptr, x.options(),
                               data_or_null<at::opmath_type<scalar_t>>(g)};
+    if (const auto grads = backward_in_tiles(p, f, data<scalar_t>(x), scale, need_dc, need_dd)) {
+      std::tie(dc, dd) = *grads;
+      return;
+    }
+    const int64_t Bp = padded<acc_t>(f.B), Rp = padded<acc_t>(f.R);
+    const int64_t dd_size = KronBackward<scalar_t, false>::dd_size(f);
+    const at::Tensor c = f.c * scale;
+    Inner<acc_t> turned(f, true), straight(f, false);
     at::Tensor parts_c = scratch<acc_t>(f.A * Bp, x.options()).zero_(),
                parts_d = scratch<acc_t>(dd_size, x.options()).zero_();
     if (M > 0 && (needs[0] || need_dc || need_dd)) {

@@ -27,6 +27,12 @@ SHAPES = [
     ((300,), (17, 34), (10, 20), None, 4),
     ((70,), (2, 3), (52, 61), None, 3),
     ((9, 4), (2, 20), (12, 40), None, None),
+    # in 16-bit tiles: several of each side and a short one, a whole D of a low rank, tails of rows
+    ((37,), (36, 34), (18, 42), None, None),
+    ((300,), (18, 34), (40, 20), None, 4),
+    ((1,), (2, 4), (6, 8), None, None),
+    # a rank too low to make D whole
+    ((9,), (2, 2), (64, 64), None, 1),
 ]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=name)
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=name)
@@ -92,8 +98,9 @@ def test_every_backward_kernel_matches(shape, dtype, device):
 
 @pytest.mark.parametrize("needs", list(itertools.product([True, False], repeat=6))[1::9], ids=name)
 def test_every_backward_kernel_computes_what_is_wanted(needs, device):
-    args = inputs(((21,), (4, 6), (10, 9), 2, 3), torch.float32, device, gain=True)
-    check_every_kernel("kron_linear_bwd", backward_inputs(args, needs))
+    for dtype, Q, gain in ((torch.float32, 9, True), (torch.bfloat16, 8, False)):
+        args = inputs(((21,), (4, 6), (10, Q), 2, 3), dtype, device, gain=gain)
+        check_every_kernel("kron_linear_bwd", backward_inputs(args, needs))
 
 
 @dtypes
