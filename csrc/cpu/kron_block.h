@@ -67,7 +67,7 @@ template <typename scalar_t, bool kPairs>
 struct KronBackward : Block<scalar_t, kPairs> {
   using acc_t = at::opmath_type<scalar_t>;
   static constexpr bool kStarts = true;
-  // the longest sum of dC at a time: short runs keep a long sum exact
+  // terms of dC's sum at a time: sums of short sums keep a long one exact
   static constexpr int64_t kDeep = 128;
   const Kron<acc_t>& f;
   const scalar_t* x;
@@ -140,11 +140,11 @@ struct KronBackward : Block<scalar_t, kPairs> {
         const int64_t used = std::min<int64_t>(kPanel<acc_t>, f.B - b);
         const int64_t width = used > kWidth<acc_t> ? kPanel<acc_t> : kWidth<acc_t>;
         pack_transposed(panel, width, h + b * ldn + k, ldn, used, depth);
-        multiply_panel<acc_t, false, false>(own_dc + b, Bp, false, f.A, width == kPanel<acc_t>,
+        multiply_panel<acc_t, false, false>(own_dc + b, Bp, k > 0, f.A, width == kPanel<acc_t>,
                                             {dy + k, ldn, panel, width, depth});
       }
-      add_to(dc + slot * f.A * Bp, own_dc, f.A * Bp);
     }
+    if (need_dc) add_to(dc + slot * f.A * Bp, own_dc, f.A * Bp);
     if (!need_dx && !need_dd) return;
     // T = s · Cᵀ dY
     multiply_all<true>(t, ldn, scaled, f.B, f.B, dy, ldn, f.A, n);
