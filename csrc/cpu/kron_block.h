@@ -11,11 +11,12 @@
 
 namespace lorakern {
 
-// rows of a run, by the floats of x or y
+// rows of a run, of a slot's, by the floats of x or y
 template <typename acc_t>
-int64_t kron_run(const Kron<acc_t>& f) {
-  constexpr int64_t kRunBytes = 64 << 10;
-  return std::max<int64_t>(1, kRunBytes / (sizeof(acc_t) * std::max(f.A * f.P, f.B * f.Q)));
+int64_t kron_run(const Kron<acc_t>& f, const Rows& rows) {
+  constexpr int64_t kRunBytes = 32 << 10;
+  const int64_t most = kRunBytes / (sizeof(acc_t) * std::max(f.A * f.P, f.B * f.Q));
+  return std::clamp<int64_t>(most, 1, rows.per_slot);
 }
 
 template <typename scalar_t, bool kPairs>
@@ -29,16 +30,15 @@ struct KronForward : Block<scalar_t, kPairs> {
   // whether to what the sums hold
   bool adds;
   acc_t* room = nullptr;
-  int64_t room_size = 0;
+  int64_t room_size = 0, most = 1;
 
-  static int64_t size(const Kron<acc_t>& f) {
-    const int64_t run = kron_run(f);
+  static int64_t size(const Kron<acc_t>& f, int64_t run) {
     return run * (f.B * f.Q + f.R + kPanel<acc_t>) +
            (f.A + f.B) * padded<acc_t>(run * f.P) + kSlack<acc_t>;
   }
 
   void start(int64_t slot, int64_t row, int64_t rows, acc_t* sums, int64_t ld) {
-    const int64_t I = f.B * f.Q, most = kron_run(f);
+    const int64_t I = f.B * f.Q;
     acc_t* const wide = room + slot * room_size;
     acc_t* const t = wide + most * I;
     acc_t* const part = t + most * f.R;
@@ -77,10 +77,9 @@ struct KronBackward : Block<scalar_t, kPairs> {
   bool need_dx, need_dc, need_dd, adds;
   // dd is dD, or dd_up and dd_down one after the other
   acc_t *room, *dc, *dd;
-  int64_t room_size;
+  int64_t room_size, most;
 
-  static int64_t size(const Kron<acc_t>& f) {
-    const int64_t run = kron_run(f);
+  static int64_t size(const Kron<acc_t>& f, int64_t run) {
     return run * (f.B * f.Q + 2 * f.B * f.R + kPanel<acc_t>) +
            (f.A + 2 * f.B) * padded<acc_t>(run * f.P) + f.A * padded<acc_t>(f.B) + dd_size(f) +
            kDeep * kPanel<acc_t> + 4 * kSlack<acc_t>;
@@ -90,7 +89,6 @@ struct KronBackward : Block<scalar_t, kPairs> {
   }
 
   void start(int64_t slot, int64_t row, int64_t rows, acc_t* sums, int64_t ld) {
-    const int64_t most = kron_run(f);
     for (int64_t from = 0; from < rows; from += most)
       start_run(slot, row + from, std::min(most, rows - from), sums + from * ld, ld);
   }

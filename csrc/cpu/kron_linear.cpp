@@ -83,7 +83,8 @@ void with_forward(const LowRank<scalar_t>& p, const Kron<at::opmath_type<scalar_
     using Op = KronForward<scalar_t, pairs.value>;
     Op op{{p}, f, c.const_data_ptr<acc_t>(), turned, adds};
     const Rows rows = rows_of(op);
-    op.room_size = Op::size(f) + kSlack<acc_t>;
+    op.most = kron_run(f, rows);
+    op.room_size = Op::size(f, op.most) + kSlack<acc_t>;
     at::Tensor room = scratch<acc_t>(rows.slots * op.room_size, p.options);
     op.room = room.mutable_data_ptr<acc_t>();
     run(op);
@@ -191,13 +192,13 @@ SixTensors kron_linear_bwd_cpu(const at::Tensor& dy, const at::Tensor& x, const 
       with_pairs<scalar_t>(gain ? 1 : O, [&](auto pairs) {
         using Op = KronBackward<scalar_t, pairs.value>;
         const Rows rows(M, pairs.value ? O / 2 : O, sizeof(acc_t), M * O * I);
-        const int64_t size = Op::size(f) + kSlack<acc_t>;
+        const int64_t most = kron_run(f, rows), size = Op::size(f, most) + kSlack<acc_t>;
         at::Tensor room = scratch<acc_t>(rows.slots * size, x.options());
         parts_c = scratch<acc_t>(rows.slots * f.A * Bp, x.options()).zero_();
         parts_d = scratch<acc_t>(rows.slots * dd_size, x.options()).zero_();
         Op op{{p}, f, data<scalar_t>(x), c.const_data_ptr<acc_t>(), turned, straight,
               needs[0], need_dc, need_dd, adds, room.mutable_data_ptr<acc_t>(),
-              parts_c.mutable_data_ptr<acc_t>(), parts_d.mutable_data_ptr<acc_t>(), size};
+              parts_c.mutable_data_ptr<acc_t>(), parts_d.mutable_data_ptr<acc_t>(), size, most};
         run_kron(op, rows);
       });
     }
