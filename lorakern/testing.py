@@ -21,10 +21,9 @@ DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 def assert_as_exact_as_torch(name: str, got: Tensor, exact: Tensor, torch_same_dtype: Tensor):
     """The kernel may be off from the truth by twice what plain torch in its own dtype is off.
 
-    Asked of the largest error (one rounding of slack) and of the root mean square (a 64th of one,
-    in float64 a quarter): the first finds one bad element, the second a small error everywhere,
-    such as a scale 1 % off. Both bounds come from the data, so no tolerance is set by hand for a
-    dtype or a shape.
+    Asked of the largest error (one rounding of slack) and of the root mean square (a 64th of one):
+    the first finds one bad element, the second a small error everywhere, such as a scale 1 % off.
+    Both bounds come from the data, so no tolerance is set by hand for a dtype or a shape.
     """
     assert got.shape == exact.shape, f"{name}: shape {tuple(got.shape)}, want {tuple(exact.shape)}"
     assert got.dtype == torch_same_dtype.dtype, f"{name}: dtype {got.dtype}"
@@ -33,13 +32,11 @@ def assert_as_exact_as_torch(name: str, got: Tensor, exact: Tensor, torch_same_d
         return
     error, torch_error = got.double() - exact, torch_same_dtype.double() - exact
     rounding = torch.finfo(got.dtype).eps * exact.abs().max().item()
-    shares = 64
     if got.dtype == torch.float64:
-        # the truth is rounded too, and in each value where it multiplies without a sum
-        rounding, shares = 2 * rounding, 8
+        rounding *= 2  # the truth is rounded too
     # few values are luck: of two equally exact results, the second has twice the rms of the first
     # once in 2e7 times with 64 values, but once in 240 with 16 (F distribution)
-    rms_slack = rounding / shares if exact.numel() >= 64 else rounding
+    rms_slack = rounding / 64 if exact.numel() >= 64 else rounding
     for what, size, slack in (("max", _largest, rounding), ("rms", _rms, rms_slack)):
         off, allowed = size(error), 2 * size(torch_error) + slack
         assert off <= allowed, f"{name}: {what} error {off:.3e}, torch in {got.dtype} {allowed:.3e}"

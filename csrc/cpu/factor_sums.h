@@ -14,10 +14,11 @@ namespace lorakern {
 constexpr int64_t kOuterRun = 64;
 
 // sum[R, padded N] (+)= t[rows, R]ᵀ src[rows, N]: one block's share of a factor's gradient.
-// kPairs: t is made of pairs of rows, [(rows + 1) / 2, R] lanes. panel: room for one of src.
+// kPairs: t is made of pairs of rows, [(rows + 1) / 2, R] lanes. panel: room for one of src. gain: of
+// src's columns, which pairs do not have here; may be null.
 template <bool kPairs, typename scalar_t, typename acc_t>
 void add_outer(acc_t* sum, bool add, const acc_t* t, int64_t ldt, int64_t R, const scalar_t* src,
-               int64_t N, int64_t rows, acc_t* panel) {
+               int64_t N, int64_t rows, acc_t* panel, const acc_t* gain = nullptr) {
   constexpr int64_t kWide = kPanel<acc_t>;
   const int64_t ld = padded<acc_t>(N);
   for (int64_t row = 0; row < rows; row += kOuterRun) {
@@ -30,11 +31,13 @@ void add_outer(acc_t* sum, bool add, const acc_t* t, int64_t ldt, int64_t R, con
       Term<acc_t> term{left, ldt, panel, width, kPairs ? (depth + 1) / 2 : depth};
       if constexpr (kPairs) {
         pack_row_pairs(panel, width, from, N, used, depth);
-      } else if (std::is_same_v<scalar_t, acc_t> && used == width) {
+      } else if (std::is_same_v<scalar_t, acc_t> && used == width && !gain) {
         term.b = reinterpret_cast<const acc_t*>(from);
         term.ldb = N;
       } else {
         pack_rows(panel, width, from, N, used, depth);
+        for (int64_t i = 0; gain && i < depth; ++i)
+          for (int64_t j = 0; j < used; ++j) panel[i * width + j] *= gain[c + j];
       }
       multiply_panel<acc_t, kPairs, true>(sum + c, ld, add || row > 0, R, width == kWide, term);
     }
@@ -121,7 +124,8 @@ struct FactorSums {
       if constexpr (kPairs) {
         add_outer<true>(dup_sums, more, factor + first, R, rank, dy + row * O, O, count, panel);
       } else {
-        add_outer<false>(dup_sums, more, factor + first, R, rank, rows_of_dy(j), O, count, panel);
+        add_outer<false>(dup_sums, more, factor + first, R, rank, rows_of_dy(j), O, count, panel,
+                         gain);
       }
       dup_sums += dup_size(layers[j]);
     }
@@ -138,7 +142,7 @@ struct FactorSums {
       const auto& [O, rank, first, scale, dy, ddown, dup, gain] = layer;
       for (int64_t r = 0; ddown && r < rank; ++r)
         narrow<scalar_t, acc_t>(ddown + r * I, sums + (first + r) * padded<acc_t>(I), nullptr, I);
-      for (int64_t r = 0; dup && gain && r < rank; ++r) {
+      for (int64_t r = 0; kPairs && dup && gain && r < rank; ++r) {
         acc_t* const row = dup_sums + r * padded<acc_t>(O);
         at::vec::map2([](auto a, auto b) { return a * b; }, row, row, gain, O);
       }

@@ -37,6 +37,12 @@ struct Tiles {
     const int64_t panels = (I + kColumns - 1) / kColumns;
     return std::min(I, tile * panels / i_count * kColumns);
   }
+  // (o_tile, i_tile, o, i, rows, cols) of one of all
+  std::array<int64_t, 6> at(int64_t tile) const {
+    const int64_t o_tile = tile / i_count, i_tile = tile % i_count;
+    const int64_t o = row(o_tile), i = column(i_tile);
+    return {o_tile, i_tile, o, i, row(o_tile + 1) - o, column(i_tile + 1) - i};
+  }
 };
 
 // visit(o_tile, i_tile, o, rows, i, cols, g, ld): one tile, which it may change
@@ -48,9 +54,7 @@ void outer_tiles(const Tiles& tiles, const scalar_t* dy, const scalar_t* x, int6
   at::parallel_for(0, tiles.o_count * tiles.i_count, 1, [&](int64_t b, int64_t e) {
     std::vector<acc_t> g, run, panel(kOuterRows * kWide);
     for (int64_t tile = b; tile < e; ++tile) {
-      const int64_t o_tile = tile / tiles.i_count, i_tile = tile % tiles.i_count;
-      const int64_t o = tiles.row(o_tile), i = tiles.column(i_tile);
-      const int64_t rows = tiles.row(o_tile + 1) - o, cols = tiles.column(i_tile + 1) - i;
+      const auto [o_tile, i_tile, o, i, rows, cols] = tiles.at(tile);
       const int64_t ld = padded<acc_t>(cols);
       g.resize(rows * ld);
       run.resize(kOuterRows * rows);
@@ -96,9 +100,7 @@ void outer_amx_tiles(const Tiles& tiles, const at::BFloat16* dy, const at::BFloa
   at::parallel_for(0, tiles.o_count * tiles.i_count, 1, [&](int64_t b, int64_t e) {
     std::vector<float> g, run, panel(kLanes * kWide);
     for (int64_t tile = b; tile < e; ++tile) {
-      const int64_t o_tile = tile / tiles.i_count, i_tile = tile % tiles.i_count;
-      const int64_t o = tiles.row(o_tile), i = tiles.column(i_tile);
-      const int64_t rows = tiles.row(o_tile + 1) - o, cols = tiles.column(i_tile + 1) - i;
+      const auto [o_tile, i_tile, o, i, rows, cols] = tiles.at(tile);
       const int64_t ld = padded<float>(cols);
       g.resize(rows * ld);
       run.resize(padded<float>(rows) * kTurned);
