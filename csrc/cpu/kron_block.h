@@ -68,7 +68,7 @@ struct KronBackward : Block<scalar_t, kPairs> {
   using acc_t = at::opmath_type<scalar_t>;
   static constexpr bool kStarts = true;
   // terms of dC's sum at a time: sums of short sums keep a long one exact
-  static constexpr int64_t kDeep = 128;
+  static constexpr int64_t kDeep = 64;
   const Kron<acc_t>& f;
   const scalar_t* x;
   // C times s
