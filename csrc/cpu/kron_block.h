@@ -1,8 +1,9 @@
 // What kron_linear does with a block of rows in cache. A row of x is a [B, Q] matrix and one of y is
 // [A, P]: s·C (X Dᵀ) is what the sums of the base product start from, so that y is written once.
 // Backward makes X Dᵀ again beside Cᵀ dY, and takes dC, dD and dx from them in the same pass over
-// x and dy. Or the base product is in the sums already, and all is added to it. A run of rows m stays in L1, laid out as [B][m, P], so that a product with C is one over
-// all columns (m, p), and one with D is one over all rows m.
+// x and dy. Or the base product is in the sums already, and all is added to it. A run of rows m stays
+// in L1, laid out as [B][m, P], so that a product with C is one over all columns (m, p), and one with
+// D is one over all rows m.
 
 #pragma once
 
@@ -67,8 +68,8 @@ template <typename scalar_t, bool kPairs>
 struct KronBackward : Block<scalar_t, kPairs> {
   using acc_t = at::opmath_type<scalar_t>;
   static constexpr bool kStarts = true;
-  // terms of dC's sum at a time: sums of short sums keep a long one exact
-  static constexpr int64_t kDeep = 64;
+  // terms of dC's sum at a time, and in the sums of some runs: short ones keep a long one exact
+  static constexpr int64_t kDeep = 64, kKept = 4096;
   const Kron<acc_t>& f;
   const scalar_t* x;
   // C times s
@@ -81,7 +82,7 @@ struct KronBackward : Block<scalar_t, kPairs> {
 
   static int64_t size(const Kron<acc_t>& f, int64_t run) {
     return run * (f.B * f.Q + 2 * f.B * f.R + kPanel<acc_t>) +
-           (f.A + 2 * f.B) * padded<acc_t>(run * f.P) + f.A * padded<acc_t>(f.B) + dd_size(f) +
+           (f.A + 2 * f.B) * padded<acc_t>(run * f.P) + 2 * f.A * padded<acc_t>(f.B) + dd_size(f) +
            kDeep * kPanel<acc_t> + 4 * kSlack<acc_t>;
   }
   static int64_t dd_size(const Kron<acc_t>& f) {
@@ -89,14 +90,27 @@ struct KronBackward : Block<scalar_t, kPairs> {
   }
 
   void start(int64_t slot, int64_t row, int64_t rows, acc_t* sums, int64_t ld) {
-    for (int64_t from = 0; from < rows; from += most)
-      start_run(slot, row + from, std::min(most, rows - from), sums + from * ld, ld);
+    acc_t* const own_dc = room + slot * room_size;
+    acc_t* const own_dd = own_dc + f.A * padded<acc_t>(f.B);
+    int64_t kept = 0;
+    for (int64_t from = 0; from < rows; from += most) {
+      const int64_t run = std::min(most, rows - from);
+      start_run(own_dc, own_dd, kept > 0, row + from, run, sums + from * ld, ld);
+      kept += run;
+      if (kept * f.P < kKept && from + run < rows) continue;
+      if (need_dc) add_to(dc + slot * f.A * padded<acc_t>(f.B), own_dc, own_dd - own_dc);
+      if (need_dd) add_to(dd + slot * dd_size(f), own_dd, dd_size(f));
+      kept = 0;
+    }
   }
 
-  void start_run(int64_t slot, int64_t row, int64_t run, acc_t* sums, int64_t ld) {
+  // more: whether the own gradients, with room behind them, have sums of other runs
+  void start_run(acc_t* own_dc, acc_t* own_dd, bool more, int64_t row, int64_t run, acc_t* sums,
+                 int64_t ld) {
     const int64_t I = f.B * f.Q, O = f.A * f.P, n = run * f.P, ldn = padded<acc_t>(n);
     const int64_t Bp = padded<acc_t>(f.B), Rp = padded<acc_t>(f.R), Qp = padded<acc_t>(f.Q);
-    acc_t* const dy = room + slot * room_size;
+    acc_t* const some_dc = own_dd + dd_size(f);
+    acc_t* const dy = some_dc + f.A * Bp;
     acc_t* const h = dy + f.A * ldn + kSlack<acc_t>;
     acc_t* const t = h + f.B * ldn;
     acc_t* const wide = t + f.B * ldn + kSlack<acc_t>;
@@ -104,9 +118,7 @@ struct KronBackward : Block<scalar_t, kPairs> {
     acc_t* const s = wide + run * I + kSlack<acc_t>;
     acc_t* const u = s + f.B * run * f.R;
     acc_t* const part = u + f.B * run * f.R + kSlack<acc_t>;
-    acc_t* const own_dc = part + run * kPanel<acc_t>;
-    acc_t* const own_dd = own_dc + f.A * Bp;
-    acc_t* const panel = own_dd + dd_size(f);
+    acc_t* const panel = part + run * kPanel<acc_t>;
     for (int64_t m = 0; m < run; ++m)
       for (int64_t a = 0; a < f.A; ++a) {
         acc_t* const to = dy + a * ldn + m * f.P;
@@ -138,11 +150,15 @@ struct KronBackward : Block<scalar_t, kPairs> {
         const int64_t used = std::min<int64_t>(kPanel<acc_t>, f.B - b);
         const int64_t width = used > kWidth<acc_t> ? kPanel<acc_t> : kWidth<acc_t>;
         pack_transposed(panel, width, h + b * ldn + k, ldn, used, depth);
-        multiply_panel<acc_t, false, false>(own_dc + b, Bp, k > 0, f.A, width == kPanel<acc_t>,
+        multiply_panel<acc_t, false, false>(some_dc + b, Bp, false, f.A, width == kPanel<acc_t>,
                                             {dy + k, ldn, panel, width, depth});
       }
+      if (k == 0 && !more) {
+        std::copy(some_dc, some_dc + f.A * Bp, own_dc);
+      } else {
+        add_to(own_dc, some_dc, f.A * Bp);
+      }
     }
-    if (need_dc) add_to(dc + slot * f.A * Bp, own_dc, f.A * Bp);
     if (!need_dx && !need_dd) return;
     // T = s · Cᵀ dY
     multiply_all<true>(t, ldn, scaled, f.B, f.B, dy, ldn, f.A, n);
@@ -151,18 +167,18 @@ struct KronBackward : Block<scalar_t, kPairs> {
       if (f.R) straight.steps[0].multiply(u + b * run * f.R, f.R, false, last, f.P, run, part);
       if (need_dd && f.R) {
         // dd_up += Tᵀ S, dd_down += Uᵀ X
-        multiply_all<true>(own_dd, Rp, last, f.P, f.P, s + b * run * f.R, f.R, run, f.R, b > 0);
+        multiply_all<true>(own_dd, Rp, last, f.P, f.P, s + b * run * f.R, f.R, run, f.R,
+                           more || b > 0);
         multiply_all<true>(own_dd + f.P * Rp, Qp, u + b * run * f.R, f.R, f.R, of_x, I, run, f.Q,
-                           b > 0);
+                           more || b > 0);
       } else if (need_dd) {
         // dD += Tᵀ X
-        multiply_all<true>(own_dd, Qp, last, f.P, f.P, of_x, I, run, f.Q, b > 0);
+        multiply_all<true>(own_dd, Qp, last, f.P, f.P, of_x, I, run, f.Q, more || b > 0);
       }
       if (f.R) last = u + b * run * f.R;
       if (need_dx)
         straight.steps.back().multiply(sums + b * f.Q, ld, adds, last, f.R ? f.R : f.P, run, part);
     }
-    if (need_dd) add_to(dd + slot * dd_size(f), own_dd, dd_size(f));
   }
 
   static void add_to(acc_t* to, const acc_t* from, int64_t n) {
