@@ -64,6 +64,13 @@ struct Lanes {
   int64_t lda;
 };
 
+// Where a row of an output goes on from a column: the columns left of it there, and from row to row.
+template <typename scalar_t>
+struct Place {
+  scalar_t* out;
+  int64_t ld, left;
+};
+
 // What a product does with its operands and sums; a class derived from it hides what it does in
 // another way. acc_t lanes: see tile.h.
 template <typename scalar_t_, bool kPairs_>
@@ -96,6 +103,10 @@ struct Block {
   // whether sums are made in out itself, of a block's whole panels
   bool in_place() const {
     return std::is_same_v<scalar_t, acc_t> && !(p.transposed && p.gain);
+  }
+
+  Place<scalar_t> place(int64_t row, int64_t col) const {
+    return {p.out + row * p.N + col, p.N, p.N - col};
   }
 
   // rows of a in lanes; room for them when they are not direct

@@ -10,7 +10,7 @@
 
 namespace lorakern {
 
-// rows of a share that go by all columns before the next: so few that their pages stay at hand
+// most rows of a share that go by all columns before the next: so few that their pages stay at hand
 constexpr int64_t kOuterRun = 64;
 
 // sum[R, padded N] (+)= t[rows, R]ᵀ src[rows, N]: one block's share of a factor's gradient.
@@ -21,8 +21,11 @@ void add_outer(acc_t* sum, bool add, const acc_t* t, int64_t ldt, int64_t R, con
                int64_t N, int64_t rows, acc_t* panel, const acc_t* gain = nullptr) {
   constexpr int64_t kWide = kPanel<acc_t>;
   const int64_t ld = padded<acc_t>(N);
-  for (int64_t row = 0; row < rows; row += kOuterRun) {
-    const int64_t depth = std::min(kOuterRun, rows - row);
+  // runs of nearly equal length, in whole pairs
+  const int64_t runs = (rows + kOuterRun - 1) / kOuterRun;
+  const int64_t length = (rows + 2 * runs - 1) / (2 * runs) * 2;
+  for (int64_t row = 0; row < rows; row += length) {
+    const int64_t depth = std::min(length, rows - row);
     const acc_t* const left = t + (kPairs ? row / 2 : row) * ldt;
     for (int64_t c = 0; c < N; c += kWide) {
       const int64_t used = std::min(kWide, N - c);

@@ -6,10 +6,8 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/TensorOperators.h>
-#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/matmul.h>
-#include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -35,15 +33,13 @@ void check(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& c_up
   if (d_down) check_like(*d_down, "d_down", x);
 }
 
-// Whether the base product is torch's and the update is added in place: where that suits LoRA too,
-// and on Intel's cores wherever a product takes longer than a call of it.
-bool by_torch(const at::Tensor& x, const std::optional<at::Tensor>& gain, int64_t M, int64_t O,
-              int64_t I, int64_t few = kFewRows) {
-  if (gain) return false;
+// Whether the base product is torch's: where that suits LoRA too, and on Intel's cores wherever a
+// product takes longer than a call of it.
+bool adds_to_torch(const at::Tensor& a, int64_t M, int64_t K, int64_t N, bool backward) {
 #if defined(LORAKERN_AMX)
-  if (is_wide(x) && M * O * I >= 1 << 24) return true;
+  if (is_wide(a) && M * K * N >= 1 << 24) return true;
 #endif
-  return few_rows(x, M, O * I, few);
+  return by_torch(a, M, K, N, backward);
 }
 
 #if defined(LORAKERN_AMX)
@@ -128,12 +124,8 @@ at::Tensor kron_linear_fwd_cpu(const at::Tensor& x, const at::Tensor& weight,
   at::Tensor y = at::empty(sizes, x.options());
   if (y.numel() == 0) return y;
   const int64_t M = rows_in(x);
-  const bool adds = by_torch(x, gain, M, O, I);
-  if (adds) {
-    const at::AutoDispatchBelowADInplaceOrView below;
-    at::Tensor y_MO = y.view({M, O});
-    bias ? at::addmm_out(y_MO, b, x.view({M, I}), w.t()) : at::mm_out(y_MO, x.view({M, I}), w.t());
-  }
+  const bool adds = !gain && adds_to_torch(x, M, I, O, false);
+  if (adds) torch_product(y, x, w.t(), b);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "kron_linear", [&] {
     const auto f = kron<scalar_t>(c_up, c_down, d_up, d_down);
     with_forward(forward_product<scalar_t>(x, w, b, {}, {}, y, g), f, scale, adds,
@@ -156,12 +148,8 @@ SixTensors kron_linear_bwd_cpu(const at::Tensor& dy, const at::Tensor& x, const 
   at::Tensor dx = at::empty(needs[0] ? x.sizes() : at::IntArrayRef{0}, x.options());
   at::Tensor dgain = at::zeros({needs[5] ? O : 0}, gain ? gain->options() : x.options());
   const bool need_dc = needs[1] || needs[2], need_dd = needs[3] || needs[4];
-  const bool adds = needs[0] && M > 0 && by_torch(dy, gain, M, O, I, kFewRowsBackward);
-  if (adds) {
-    const at::AutoDispatchBelowADInplaceOrView below;
-    at::Tensor dx_MI = dx.view({M, I});
-    at::mm_out(dx_MI, dy.view({M, O}), w);
-  }
+  const bool adds = needs[0] && M > 0 && !gain && adds_to_torch(dy, M, O, I, true);
+  if (adds) torch_product(dx, dy, w);
   at::Tensor dc;
   // dD, or dd_up and dd_down
   std::vector<at::Tensor> dd;

@@ -4,7 +4,11 @@
 
 #include <optional>
 
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/mm.h>
+
 #include "../check.h"
+#include "add_update.h"
 #include "block_product.h"
 
 namespace lorakern {
@@ -67,24 +71,45 @@ LowRank<scalar_t> forward_product(const at::Tensor& x, const at::Tensor& weight,
           data_or_null<at::opmath_type<scalar_t>>(gain)};
 }
 
-// Few rows do not repay packing a large weight, and in backward, where torch packs it too, half as
-// many: then torch's own products, and the update added in place. Only where a sum is as wide as a
-// result, so that nothing is rounded in between. On cores with AMX, which are Intel's, torch's
-// product is the faster one of weights that are not small, up to rows whose second pass costs more.
-#if defined(LORAKERN_AMX)
-constexpr int64_t kFewRows = 1024, kFewRowsBackward = 1024, kLargeWeight = 1 << 17;
-#else
-constexpr int64_t kFewRows = 256, kFewRowsBackward = 128, kLargeWeight = 1 << 19;
-#endif
-
 // whether a result is as wide as a sum
 inline bool is_wide(const at::Tensor& x) {
   return x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble;
 }
 
-inline bool few_rows(const at::Tensor& x, int64_t M, int64_t weight_size,
-                     int64_t few = kFewRows) {
-  return is_wide(x) && M <= few && weight_size >= kLargeWeight;
+// Whether the base product a W is torch's and the update is added in place, of M rows of a and a
+// weight of K · N values. Only where a sum is as wide as a result, so that nothing is rounded in
+// between. Few rows do not repay packing a large weight, and in backward, where torch packs it too,
+// half as many. On cores with AMX, which are Intel's, torch's product is the faster one, but where a
+// core keeps all of a at hand and the weight is small, or the weight is tiny.
+inline bool by_torch(const at::Tensor& a, int64_t M, int64_t K, int64_t N, bool backward) {
+#if defined(LORAKERN_AMX)
+  return is_wide(a) && K * N >= (M * K * a.element_size() > kFewBytes ? 1 << 16 : 1 << 17);
+#else
+  return is_wide(a) && M <= (backward ? 128 : 256) && K * N >= 1 << 19;
+#endif
+}
+
+// out = a W, or a W + bias, or out + a W
+inline void torch_product(const at::Tensor& out, const at::Tensor& a, const at::Tensor& w,
+                          const at::Tensor& bias = {}, bool add = false) {
+  const at::AutoDispatchBelowADInplaceOrView below;
+  const int64_t K = w.size(0), M = a.numel() / K;
+  at::Tensor out_MN = out.view({M, w.size(1)});
+  const at::Tensor a_MK = a.view({M, K});
+  if (!add && !bias.defined()) {
+    at::mm_out(out_MN, a_MK, w);
+  } else {
+    at::addmm_out(out_MN, add ? out_MN : bias, a_MK, w);
+  }
+}
+
+// block_product, or the update alone where torch_product was before
+template <typename Op>
+void run_product(Op& op, const Rows& rows, bool adds) {
+  if constexpr (std::is_same_v<typename Op::scalar_t, typename Op::acc_t>) {
+    if (adds) return add_update(op, rows);
+  }
+  block_product(op, rows);
 }
 
 }  // namespace lorakern

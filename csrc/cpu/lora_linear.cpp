@@ -8,8 +8,6 @@
 #include "lora_linear.h"
 
 #include <ATen/Dispatch.h>
-#include <ATen/ops/addmm.h>
-#include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -121,20 +119,13 @@ std::tuple<at::Tensor, at::Tensor> lora_linear_fwd_cpu(const at::Tensor& x,
   sizes.back() = R;
   at::Tensor h = at::empty(sizes, x.options());
   if (M == 0) return {y, h};
-  if (!gain && few_rows(x, M, O * I)) {
-    const at::AutoDispatchBelowADInplaceOrView below;
-    const at::Tensor x_MI = x.view({M, I});
-    at::Tensor y_MO = y.view({M, O}), h_MR = h.view({M, R});
-    at::mm_out(h_MR, x_MI, d.t());
-    bias ? at::addmm_out(y_MO, b, x_MI, w.t()) : at::mm_out(y_MO, x_MI, w.t());
-    at::addmm_out(y_MO, y_MO, h_MR, u.t(), 1, scale);
-    return {y, h};
-  }
+  const bool adds = !gain && by_torch(x, M, I, O, false);
+  if (adds) torch_product(y, x, w.t(), b);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "lora_linear", [&] {
     const LowRank<scalar_t> p = forward_product<scalar_t>(x, w, b, d, u, y, g);
     with_pairs<scalar_t>(I, [&](auto pairs) {
       Forward<scalar_t, pairs.value> op{{p}, scale, h.mutable_data_ptr<scalar_t>()};
-      block_product(op, rows_of(op));
+      run_product(op, rows_of(op), adds);
     });
   });
   return {y, h};
@@ -167,20 +158,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_bwd_cpu(
              dup = make(need_dup, u.sizes()),
              dgain = at::zeros({need_dgain ? O : 0}, gain ? gain->options() : x.options());
   if (M == 0) return {dx, ddown, dup, dgain};
-  if (!gain && few_rows(dy, M, O * I, kFewRowsBackward)) {
-    const at::AutoDispatchBelowADInplaceOrView below;
-    const at::Tensor dy_MO = dy.view({M, O}), x_MI = x.view({M, I}), h_MR = h.view({M, R});
-    at::Tensor dh_MR;
-    if (need_dx || need_ddown) dh_MR = at::mm(dy_MO, u).mul_(scale);
-    if (need_dx) {
-      at::Tensor dx_MI = dx.view({M, I});
-      at::mm_out(dx_MI, dy_MO, w);
-      at::addmm_out(dx_MI, dx_MI, dh_MR, d);
-    }
-    if (need_ddown) at::mm_out(ddown, dh_MR.t(), x_MI);
-    if (need_dup) at::mm_out(dup, dy_MO.t(), h_MR).mul_(scale);
-    return {dx, ddown, dup, dgain};
-  }
+  const bool adds = need_dx && !gain && by_torch(dy, M, O, I, true);
+  if (adds) torch_product(dx, dy, w);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "lora_linear", [&] {
     if (needs[3]) {
       const auto p = forward_product<scalar_t>(x, w, {}, d, u, {}, {});
@@ -209,7 +188,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_bwd_cpu(
              needs[1] ? ddown.mutable_data_ptr<scalar_t>() : nullptr,
              needs[2] ? dup.mutable_data_ptr<scalar_t>() : nullptr, p.gain}},
            data<scalar_t>(x), data<scalar_t>(h), I, R, rows, x.options()}};
-      block_product(op, rows);
+      run_product(op, rows, adds);
       op.factors.write();
     });
   });

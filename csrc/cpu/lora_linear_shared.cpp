@@ -7,9 +7,7 @@
 #include "lora_linear_shared.h"
 
 #include <ATen/Dispatch.h>
-#include <ATen/ops/addmm.h>
 #include <ATen/ops/cat.h>
-#include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -29,12 +27,12 @@ int64_t whole_panels(int64_t columns) {
   return (columns + kPanel<acc_t> - 1) / kPanel<acc_t> * kPanel<acc_t>;
 }
 
-// of the layers on average: they are packed one by one
-bool few_rows_of(const at::Tensor& x, int64_t M, const SharedLayers& layers,
-                 int64_t few = kFewRows) {
-  int64_t size = 0;
-  for (const at::Tensor& w : layers.weights) size += w.numel();
-  return few_rows(x, M, size / static_cast<int64_t>(layers.size()), few);
+// of a layer on average: they are packed one by one
+bool adds_to_torch(const at::Tensor& x, int64_t M, const SharedLayers& layers, bool backward) {
+  const int64_t n = layers.size(), I = x.size(-1);
+  int64_t O = 0;
+  for (const at::Tensor& w : layers.weights) O += w.size(0);
+  return by_torch(x, M, backward ? O / n : I, backward ? I : O / n, backward);
 }
 
 template <typename scalar_t>
@@ -50,19 +48,9 @@ void shared_forward(const at::Tensor& x, const SharedLayers& layers, std::vector
   if (M == 0) return;
   const at::AutoDispatchBelowADInplaceOrView below;
   const at::Tensor down = at::cat(layers.downs);
-  if (few_rows_of(x, M, layers)) {
-    const at::Tensor x_MI = x.view({M, I});
-    at::Tensor h_MS = h.view({M, S});
-    at::mm_out(h_MS, x_MI, down.t());
-    for (size_t j = 0, first = 0; j < layers.size(); first += layers.downs[j++].size(0)) {
-      const at::Tensor w = layers.weights[j].t(), &b = layers.biases[j];
-      at::Tensor y_MO = ys[j].view({M, w.size(1)});
-      b.defined() ? at::addmm_out(y_MO, b, x_MI, w) : at::mm_out(y_MO, x_MI, w);
-      at::addmm_out(y_MO, y_MO, h_MS.narrow(1, first, layers.downs[j].size(0)), layers.ups[j].t(),
-                    1, layers.scales[j]);
-    }
-    return;
-  }
+  const bool adds = adds_to_torch(x, M, layers, false);
+  for (size_t j = 0; adds && j < layers.size(); ++j)
+    torch_product(ys[j], x, layers.weights[j].t(), layers.biases[j]);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "lora_linear", [&] {
     SharedLayersOf<scalar_t> given;
     int64_t col = 0, first = 0, columns = 0;
@@ -87,9 +75,10 @@ void shared_forward(const at::Tensor& x, const SharedLayers& layers, std::vector
         // Panels that do not stay in L2 together, or that meet one block of rows only, would push
         // each other out.
         const int64_t bytes = N * (op.lanes() + R) * sizeof(at::opmath_type<scalar_t>);
-        if (some.size() > 1 && (rows.block == rows.per_slot || bytes > kTogetherBytes))
+        if (!adds && some.size() > 1 &&
+            (rows.block == rows.per_slot || bytes > kTogetherBytes))
           return false;
-        block_product(op, rows);
+        run_product(op, rows, adds);
         return true;
       };
       if (run(given, columns, S, 0)) return;
@@ -114,26 +103,9 @@ SharedGradients shared_backward(const at::Tensor& x, const at::Tensor& h,
   for (size_t j = 0; j < n; ++j) need_dh = need_dh || needs[1 + j];
   if (M == 0) return grads;
   const at::AutoDispatchBelowADInplaceOrView below;
-  if (few_rows_of(x, M, layers, kFewRowsBackward)) {
-    const at::Tensor x_MI = x.view({M, I}), h_MS = h.view({M, S});
-    at::Tensor dx_MI = needs[0] ? grads.dx.view({M, I}) : at::Tensor();
-    for (size_t j = 0, first = 0; j < n; first += layers.downs[j++].size(0)) {
-      const at::Tensor dy_MO = dys[j].view({M, dys[j].size(-1)});
-      const bool need_dh_MR = needs[0] || needs[1 + j];
-      const at::Tensor dh_MR =
-          need_dh_MR ? at::mm(dy_MO, layers.ups[j]).mul_(layers.scales[j]) : at::Tensor();
-      if (needs[0]) {
-        j == 0 ? at::mm_out(dx_MI, dy_MO, layers.weights[j])
-               : at::addmm_out(dx_MI, dx_MI, dy_MO, layers.weights[j]);
-        at::addmm_out(dx_MI, dx_MI, dh_MR, layers.downs[j]);
-      }
-      if (needs[1 + j]) at::mm_out(grads.ddowns[j], dh_MR.t(), x_MI);
-      if (needs[1 + n + j])
-        at::mm_out(grads.dups[j], dy_MO.t(), h_MS.narrow(1, first, layers.downs[j].size(0)))
-            .mul_(layers.scales[j]);
-    }
-    return grads;
-  }
+  const bool adds = needs[0] && adds_to_torch(x, M, layers, true);
+  for (size_t j = 0; adds && j < n; ++j)
+    torch_product(grads.dx, dys[j], layers.weights[j], {}, j > 0);
   const at::Tensor down = at::cat(layers.downs);
   bool even = true;
   for (const at::Tensor& w : layers.weights) even = even && w.size(0) % 2 == 0;
@@ -167,7 +139,7 @@ SharedGradients shared_backward(const at::Tensor& x, const at::Tensor& h,
       Op op{{p}, given,
             {std::move(factors), data<scalar_t>(x), data<scalar_t>(h), I, S, rows, x.options()},
             std::move(passes)};
-      block_product(op, rows);
+      run_product(op, rows, adds);
       op.factors.write();
     });
   });

@@ -43,6 +43,11 @@ struct SharedForward : Block<scalar_t, kPairs> {
     return layers[j];
   }
 
+  Place<scalar_t> place(int64_t row, int64_t col) const {
+    const auto& l = layer_of(col);
+    return {l.y + row * l.O + col - l.at, l.O, l.O - (col - l.at)};
+  }
+
   void pack(acc_t* panel, int64_t first, int64_t width) const {
     const auto& l = layer_of(first);
     pack_panel<kPairs>(panel, l.weight, true, this->p.K, l.O, first - l.at, width);
@@ -67,12 +72,12 @@ struct SharedForward : Block<scalar_t, kPairs> {
   void store(int64_t, int64_t row, int64_t rows, int64_t col, int64_t used, acc_t* sums,
              int64_t ld) const {
     const auto& l = layer_of(col);
-    const int64_t from = col - l.at;
-    used = std::min(used, l.O - from);
+    const auto [out, ldo, left] = place(row, col);
+    used = std::min(used, left);
     acc_t bias[kPanel<acc_t>];
-    if (l.bias) widen(bias, l.bias + from, used);
+    if (l.bias) widen(bias, l.bias + col - l.at, used);
     for (int64_t i = 0; i < rows; ++i)
-      narrow(l.y + (row + i) * l.O + from, sums + i * ld, l.bias ? bias : nullptr, used);
+      narrow(out + i * ldo, sums + i * ld, l.bias ? bias : nullptr, used);
   }
 };
 

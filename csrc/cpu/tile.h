@@ -73,6 +73,13 @@ struct Term {
   int64_t k = 0;
 };
 
+// A panel is gone through in runs of k that stay in L1 for all rows. They also keep long sums exact.
+template <typename acc_t>
+constexpr int64_t kRun = sizeof(acc_t) == 4 ? 384 : 256;
+// A narrow panel is the down product of a small rank, whose error the up product spreads: there plain
+// torch has short runs too.
+constexpr int64_t kNarrowRun = 16;
+
 template <bool kPairs, typename acc_t>
 inline at::vec::Vectorized<acc_t> multiply_add(at::vec::Vectorized<acc_t> a,
                                                at::vec::Vectorized<acc_t> b,
@@ -108,6 +115,23 @@ inline void accumulate(at::vec::Vectorized<acc_t> (&sums)[kRows][kVecs], const T
   }
 }
 
+// The same in runs of k, each of whose sums is added to those before. Rounding grows with the root of
+// a run's length and of the number of runs.
+template <typename acc_t, int kRows, bool kPairs, bool kColumnMajor>
+inline void accumulate_runs(at::vec::Vectorized<acc_t> (&sums)[kRows][1], const Term<acc_t>& term) {
+  using Vec = at::vec::Vectorized<acc_t>;
+  for (int64_t k = 0; k < term.k; k += kNarrowRun) {
+    Vec run[kRows][1];
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) run[i][0] = Vec(acc_t(0));
+    const Term<acc_t> part{term.a + (kColumnMajor ? k * term.lda : k), term.lda,
+                           term.b + k * term.ldb, term.ldb, std::min(kNarrowRun, term.k - k)};
+    accumulate<acc_t, kRows, 1, kPairs, kColumnMajor>(run, part);
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) sums[i][0] = sums[i][0] + run[i][0];
+  }
+}
+
 template <typename acc_t, int kRows, int kVecs, bool kPairs, bool kColumnMajor>
 void tile(acc_t* c, int64_t ldc, bool add, const Term<acc_t>& first, const Term<acc_t>& second) {
   using Vec = at::vec::Vectorized<acc_t>;
@@ -117,7 +141,11 @@ void tile(acc_t* c, int64_t ldc, bool add, const Term<acc_t>& first, const Term<
 #pragma GCC unroll 2
     for (int j = 0; j < kVecs; ++j) sums[i][j] = Vec(acc_t(0));
   }
-  accumulate<acc_t, kRows, kVecs, kPairs, kColumnMajor>(sums, first);
+  if constexpr (kVecs == 1) {
+    accumulate_runs<acc_t, kRows, kPairs, kColumnMajor>(sums, first);
+  } else {
+    accumulate<acc_t, kRows, kVecs, kPairs, kColumnMajor>(sums, first);
+  }
   if (second.k > 0) accumulate<acc_t, kRows, kVecs, kPairs, kColumnMajor>(sums, second);
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
@@ -138,14 +166,6 @@ constexpr std::array<TileFn<acc_t>, sizeof...(kRows)> tiles_of(
   return {tile<acc_t, kRows + 1, kVecs, kPairs, kColumnMajor>...};
 }
 
-// A panel is gone through in runs of k that stay in L1 for all rows. They also keep long sums
-// exact: rounding grows with the root of a run's length and of their number. A narrow panel is the
-// down product of a small rank, whose error the up product spreads: there plain torch has short
-// runs too.
-template <typename acc_t>
-constexpr int64_t kWideRun = sizeof(acc_t) == 4 ? 384 : 256;
-constexpr int64_t kNarrowRun = 16;
-
 // c[rows, cols] of one panel, in tiles of nearly equal height. `wide`: kPanel columns, else kWidth.
 template <typename acc_t, bool kPairs, bool kColumnMajor>
 void multiply_panel(acc_t* c, int64_t ldc, bool add, int64_t rows, bool wide, Term<acc_t> first,
@@ -160,8 +180,7 @@ void multiply_panel(acc_t* c, int64_t ldc, bool add, int64_t rows, bool wide, Te
   static constexpr auto kNarrow = tiles_of<acc_t, 1, kPairs, kColumnMajor>(Heights{});
   static constexpr auto kWide = tiles_of<acc_t, 2, kPairs, kColumnMajor>(Heights{});
   const int64_t count = (rows + kTileRows - 1) / kTileRows;
-  const int64_t longest = wide ? kWideRun<acc_t> : kNarrowRun;
-  const int64_t runs = std::max<int64_t>(1, (first.k + longest - 1) / longest);
+  const int64_t runs = std::max<int64_t>(1, (first.k + kRun<acc_t> - 1) / kRun<acc_t>);
   const int64_t length = (first.k + runs - 1) / runs;
   for (int64_t run = 0; run < runs; ++run) {
     const int64_t from = run * length;

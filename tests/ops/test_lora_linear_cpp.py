@@ -163,10 +163,22 @@ def test_strided_inputs_are_taken():
     assert torch.equal(lora_linear(*args), lora_linear(*turned))
 
 
+@pytest.mark.parametrize("needs", [(True, True, True), (True, False, False), (False, True, True)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=lambda d: str(d)[6:])
+def test_blocks_of_rows_beside_a_weight_of_odd_sides(dtype, needs):
+    """Neither blocks of rows nor panels are whole, of any factor, on torch's base product too."""
+    dy, x, weight, bias, down, up = make(301, 701, 703, 37, dtype)
+    args = (x, weight, bias if needs[1] else None, down, up, 0.7, None)
+    h = reference.lora_linear_fwd(*args)[1]
+    check_every_kernel("lora_linear_fwd", args)
+    args = (dy, x, h, weight, down, up, 0.7, None, [*needs, False])
+    check_every_kernel("lora_linear_bwd", args)
+
+
 @pytest.mark.parametrize("needs", list(itertools.product([True, False], repeat=3)))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=lambda d: str(d)[6:])
 def test_few_rows_beside_a_large_weight(dtype, needs):
-    """A weight of over 2^19 values is not packed for them: torch's own products do it."""
+    """A weight of over 2^19 values is not packed for them: the base product is torch's."""
     dy, x, weight, bias, down, up = make(70, 750, 704, 5, dtype)
     args = (x, weight, bias if needs[0] else None, down, up, 0.7, None)
     h = reference.lora_linear_fwd(*args)[1]
