@@ -2,7 +2,7 @@
 //
 // Where a library's base product is faster than block_product's by more than out costs to read and
 // write once more, it goes first. The op is block_product's: a and out may not be 16-bit, for out would
-// be rounded twice.
+// be rounded twice. A gain of out's columns, and the bias that then comes after it, are applied here.
 
 #pragma once
 
@@ -51,6 +51,11 @@ void add_update(Op& op, const Rows& rows_of) {
                                           width == kWide, update);
       for (int64_t i = 0; !fits && i < rows; ++i)
         for (int64_t j = 0; j < used; ++j) out[i * ld + j] += sums[i * kWide + j];
+    }
+    if (!p.transposed || !p.gain) return;
+    for (int64_t i = row; i < row + rows; ++i) {
+      acc_t* const out = p.out + i * p.N;
+      for (int64_t j = 0; j < p.N; ++j) out[j] = out[j] * p.gain[j] + (p.bias ? p.bias[j] : 0);
     }
   };
   at::parallel_for(0, rows_of.slots, 1, [&](int64_t b, int64_t e) {

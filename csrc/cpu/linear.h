@@ -4,6 +4,7 @@
 
 #include <optional>
 
+#include <ATen/TensorOperators.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/mm.h>
 
@@ -100,6 +101,22 @@ inline void torch_product(const at::Tensor& out, const at::Tensor& a, const at::
     at::mm_out(out_MN, a_MK, w);
   } else {
     at::addmm_out(out_MN, add ? out_MN : bias, a_MK, w);
+  }
+}
+
+// out = (gain ∘ a) W, with a gain of the rows of W: so many of them at a time as a core keeps
+inline void torch_product_of_gained(const at::Tensor& out, const at::Tensor& a, const at::Tensor& w,
+                                    const at::Tensor& gain) {
+  const at::AutoDispatchBelowADInplaceOrView below;
+  const int64_t K = w.size(0), N = w.size(1), M = a.numel() / K;
+  const int64_t most = std::clamp<int64_t>(kGroupBytes / 4 / (N * w.element_size()), 1, K);
+  const at::Tensor a_MK = a.view({M, K});
+  at::Tensor out_MN = out.view({M, N});
+  for (int64_t k = 0; k < K; k += most) {
+    const int64_t some = std::min(most, K - k);
+    const at::Tensor gained = w.narrow(0, k, some) * gain.narrow(0, k, some).unsqueeze(1);
+    const at::Tensor part = a_MK.narrow(1, k, some);
+    k == 0 ? at::mm_out(out_MN, part, gained) : at::addmm_out(out_MN, out_MN, part, gained);
   }
 }
 

@@ -119,8 +119,8 @@ std::tuple<at::Tensor, at::Tensor> lora_linear_fwd_cpu(const at::Tensor& x,
   sizes.back() = R;
   at::Tensor h = at::empty(sizes, x.options());
   if (M == 0) return {y, h};
-  const bool adds = !gain && by_torch(x, M, I, O, false);
-  if (adds) torch_product(y, x, w.t(), b);
+  const bool adds = by_torch(x, M, I, O, false);
+  if (adds) torch_product(y, x, w.t(), gain ? at::Tensor() : b);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "lora_linear", [&] {
     const LowRank<scalar_t> p = forward_product<scalar_t>(x, w, b, d, u, y, g);
     with_pairs<scalar_t>(I, [&](auto pairs) {
@@ -158,8 +158,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_bwd_cpu(
              dup = make(need_dup, u.sizes()),
              dgain = at::zeros({need_dgain ? O : 0}, gain ? gain->options() : x.options());
   if (M == 0) return {dx, ddown, dup, dgain};
-  const bool adds = need_dx && !gain && by_torch(dy, M, O, I, true);
-  if (adds) torch_product(dx, dy, w);
+  const bool adds = need_dx && by_torch(dy, M, O, I, true);
+  if (adds) gain ? torch_product_of_gained(dx, dy, w, g) : torch_product(dx, dy, w);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "lora_linear", [&] {
     if (needs[3]) {
       const auto p = forward_product<scalar_t>(x, w, {}, d, u, {}, {});

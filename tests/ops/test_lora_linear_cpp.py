@@ -163,15 +163,17 @@ def test_strided_inputs_are_taken():
     assert torch.equal(lora_linear(*args), lora_linear(*turned))
 
 
-@pytest.mark.parametrize("needs", [(True, True, True), (True, False, False), (False, True, True)])
+@pytest.mark.parametrize("gained", [False, True], ids=["", "gain"])
+@pytest.mark.parametrize("needs", [(True, True, True), (False, True, True)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=lambda d: str(d)[6:])
-def test_blocks_of_rows_beside_a_weight_of_odd_sides(dtype, needs):
+def test_blocks_of_rows_beside_a_weight_of_odd_sides(dtype, needs, gained):
     """Neither blocks of rows nor panels are whole, of any factor, on torch's base product too."""
     dy, x, weight, bias, down, up = make(301, 701, 703, 37, dtype)
-    args = (x, weight, bias if needs[1] else None, down, up, 0.7, None)
+    gain = 0.5 + torch.rand(703, dtype=dtype) if gained else None
+    args = (x, weight, bias if needs[0] else None, down, up, 0.7, gain)
     h = reference.lora_linear_fwd(*args)[1]
     check_every_kernel("lora_linear_fwd", args)
-    args = (dy, x, h, weight, down, up, 0.7, None, [*needs, False])
+    args = (dy, x, h, weight, down, up, 0.7, gain, [*needs, gained])
     check_every_kernel("lora_linear_bwd", args)
 
 
