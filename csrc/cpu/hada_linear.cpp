@@ -5,22 +5,22 @@
 //   up*[o, (r, s)] = up1[o, r] up2[o, s], and the kernels of lora_linear do the rest.
 // - Larger ones: ΔW is added to the panels of W, in the type of the sums, as they are packed, so
 //   that the product with W + ΔW is one. Tiles of dyᵀ x are consumed in cache (outer_tiles.h).
-//   AMX tiles make ΔW, and the gradients of its factors, of bfloat16 (hada_pairs.h).
+//   AMX tiles make ΔW, and the gradients of its factors, of bfloat16 (hada_pairs.h). Where torch's
+//   product is the faster one, it multiplies blocks of rows of W + ΔW (hada_blocks.h).
 // Nothing is saved but x and the factors.
 
 #include <ATen/Dispatch.h>
-#include <ATen/TensorOperators.h>
-#include <ATen/ops/mul.h>
-#include <ATen/ops/sum.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include "four_factors.h"
 #include "gain.h"
+#include "hada_blocks.h"
 #include "hada_pair_gradients.h"
 #include "hada_pairs.h"
 #include "hada_tile.h"
+#include "khatri_rao.h"
 #include "lora_linear.h"
 #include "outer_tiles.h"
 
@@ -100,50 +100,20 @@ std::array<at::Tensor, 4> factor_gradients(const Update& update, const at::Tenso
   const auto h = update.wide<scalar_t>();
   const Tiles tiles(O, I);
   const HadaGradients<acc_t> sums(h, tiles.o_count, tiles.i_count);
-  outer_tiles<scalar_t, kPairsOf<scalar_t>>(
-      tiles, data<scalar_t>(dy), data<scalar_t>(x), M,
-      [&](int64_t o_tile, int64_t i_tile, int64_t o, int64_t rows, int64_t i, int64_t cols,
-          auto* t, int64_t ld) {
-        for (int64_t r = 0; r < rows; ++r) {
-          const auto by = gains ? h.scale * gains[o + r] : h.scale;
-          for (int64_t c = 0; c < cols; ++c) t[r * ld + c] *= by;
-        }
-        sums.add(o_tile, i_tile, o, rows, i, cols, t, ld);
-      });
-  return sums.total(needs, x.options());
-}
-
-// The update as one low-rank product, up [O, R·S] down [R·S, I], and its gradients' way back.
-struct KhatriRao {
-  const at::Tensor &down1, &up1, &down2, &up2;
-  at::Tensor down, up;
-
-  KhatriRao(const at::Tensor& down1, const at::Tensor& up1, const at::Tensor& down2,
-            const at::Tensor& up2)
-      : down1(down1), up1(up1), down2(down2), up2(up2),
-        down((down1.unsqueeze(1) * down2.unsqueeze(0)).flatten(0, 1)),
-        up((up1.unsqueeze(2) * up2.unsqueeze(1)).flatten(1)) {}
-
-  std::array<at::Tensor, 4> back(const at::Tensor& ddown, const at::Tensor& dup,
-                                 const bool* needs) const {
-    const auto type = down.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-    const int64_t R = down1.size(0), S = down2.size(0);
-    const auto sum = [&](bool need, const at::Tensor& grad, at::IntArrayRef sizes,
-                         const at::Tensor& other, int64_t over) {
-      if (!need) return at::empty({0}, down.options());
-      return (grad.to(type).view(sizes) * other.to(type)).sum(over).to(down.scalar_type());
-    };
-    const std::array<int64_t, 3> of_down = {R, S, down1.size(1)}, of_up = {up1.size(0), R, S};
-    return {sum(needs[0], ddown, of_down, down2.unsqueeze(0), 1),
-            sum(needs[1], dup, of_up, up2.unsqueeze(1), 2),
-            sum(needs[2], ddown, of_down, down1.unsqueeze(1), 0),
-            sum(needs[3], dup, of_up, up1.unsqueeze(2), 1)};
+  const auto add = [&](int64_t o_tile, int64_t i_tile, int64_t o, int64_t rows, int64_t i,
+                       int64_t cols, acc_t* t, int64_t ld) {
+    for (int64_t r = 0; r < rows; ++r) {
+      const auto by = gains ? h.scale * gains[o + r] : h.scale;
+      for (int64_t c = 0; c < cols; ++c) t[r * ld + c] *= by;
+    }
+    sums.add(o_tile, i_tile, o, rows, i, cols, t, ld);
+  };
+  if (by_torch(x, M, O, I, true)) {
+    outer_tiles_by_torch<acc_t>(tiles, dy, x, add);
+  } else {
+    outer_tiles<scalar_t, kPairsOf<scalar_t>>(tiles, data<scalar_t>(dy), data<scalar_t>(x), M, add);
   }
-};
-
-// its four products of rank R·S against one with the weight
-bool prefers_khatri_rao(int64_t R, int64_t S, int64_t O, int64_t I) {
-  return 10 * 2 * R * S * (O + I) < 8 * O * I;
+  return sums.total(needs, x.options());
 }
 
 void check(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& down1,
@@ -184,6 +154,8 @@ at::Tensor hada_linear_fwd_cpu(const at::Tensor& x, const at::Tensor& weight,
   if (y.numel() == 0) return y;
   const Update update(down1, up1, down2, up2, scale);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "hada_linear", [&] {
+    if (!gain && by_torch(x, rows_in(x), I, O, false))
+      return hada_forward_by_torch(update.wide<scalar_t>(), x, w, b, y);
     with_product(forward_product<scalar_t>(x, w, b, {}, {}, y, g), update,
                  [](auto op) { block_product(op, rows_of(op)); });
   });
@@ -230,7 +202,9 @@ SixTensors hada_linear_bwd_cpu(const at::Tensor& dy, const at::Tensor& x, const 
                       dgain.mutable_data_ptr<at::opmath_type<scalar_t>>());
       });
     }
-    if (needs[0]) {
+    if (needs[0] && !gain && by_torch(dy, M, O, I, true)) {
+      hada_dx_by_torch(update.wide<scalar_t>(), dy, w, dx);
+    } else if (needs[0]) {
       const LowRank<scalar_t> p{M, O, I, 0, data<scalar_t>(dy), data<scalar_t>(w), nullptr,
                                 nullptr, nullptr, false, dx.mutable_data_ptr<scalar_t>(),
                                 x.options(), data_or_null<at::opmath_type<scalar_t>>(g)};

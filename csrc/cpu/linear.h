@@ -104,12 +104,15 @@ inline void torch_product(const at::Tensor& out, const at::Tensor& a, const at::
   }
 }
 
-// out = (gain ∘ a) W, with a gain of the rows of W: so many of them at a time as a core keeps
+// bytes of the rows of a changed weight that are made at a time, and go through L3
+constexpr int64_t kRowsBytes = 4 << 20;
+
+// out = (gain ∘ a) W, with a gain of the rows of W
 inline void torch_product_of_gained(const at::Tensor& out, const at::Tensor& a, const at::Tensor& w,
                                     const at::Tensor& gain) {
   const at::AutoDispatchBelowADInplaceOrView below;
   const int64_t K = w.size(0), N = w.size(1), M = a.numel() / K;
-  const int64_t most = std::clamp<int64_t>(kGroupBytes / 4 / (N * w.element_size()), 1, K);
+  const int64_t most = std::clamp<int64_t>(kRowsBytes / (N * w.element_size()), 1, K);
   const at::Tensor a_MK = a.view({M, K});
   at::Tensor out_MN = out.view({M, N});
   for (int64_t k = 0; k < K; k += most) {

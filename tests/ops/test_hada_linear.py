@@ -30,6 +30,8 @@ SHAPES = [
     ((601,), 362, 702, 20, 17),
     ((1,), 64, 50, 40, 33),
     ((3,), 4200, 34, 16, 2),
+    # a weight of which the CPU makes rows at a time
+    ((40,), 1100, 1201, 20, 17),
 ]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=name)
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=name)
