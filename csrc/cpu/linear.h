@@ -107,10 +107,12 @@ inline void torch_product(const at::Tensor& out, const at::Tensor& a, const at::
 // bytes of the rows of a changed weight that are made at a time, and go through L3
 constexpr int64_t kRowsBytes = 4 << 20;
 
-// out = (gain ∘ a) W, with a gain of the rows of W
+// out = (gain ∘ a) W, with a gain of the rows of W: on a where that is the smaller one
 inline void torch_product_of_gained(const at::Tensor& out, const at::Tensor& a, const at::Tensor& w,
                                     const at::Tensor& gain) {
   const at::AutoDispatchBelowADInplaceOrView below;
+  if (a.nbytes() <= std::min<size_t>(kRowsBytes, w.nbytes()))
+    return torch_product(out, a * gain, w);
   const int64_t K = w.size(0), N = w.size(1), M = a.numel() / K;
   const int64_t most = std::clamp<int64_t>(kRowsBytes / (N * w.element_size()), 1, K);
   const at::Tensor a_MK = a.view({M, K});
