@@ -28,16 +28,9 @@ void add_update(Op& op, const Rows& rows_of) {
   acc_t* const expand = shrink + shrink_size;
   acc_t* const slots = expand + expand_size;
 
-  const int64_t shrinks = op.shrinks(), grain = rows_of.slots > 1 ? 1 : shrinks + panels + 1;
-  at::parallel_for(0, shrinks + panels, grain, [&](int64_t b, int64_t e) {
-    for (int64_t i = b; i < e; ++i) {
-      if (i < shrinks) {
-        op.pack_shrink(shrink, i);
-      } else {
-        const int64_t first = (i - shrinks) * kWide;
-        op.pack_expand(expand + first * E, first, width_of<acc_t>(p.N - first));
-      }
-    }
+  pack_shared(op, shrink, op.shrinks(), panels, rows_of.slots, [&](int64_t i) {
+    const int64_t first = i * kWide;
+    op.pack_expand(expand + first * E, first, width_of<acc_t>(p.N - first));
   });
 
   // rows of out that stay in L1 for all columns

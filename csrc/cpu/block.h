@@ -185,6 +185,16 @@ struct Block {
   }
 };
 
+// S, and pack(i) of `count` panels, shared by the threads of several slots
+template <typename Op, typename Pack>
+void pack_shared(const Op& op, typename Op::acc_t* shrink, int64_t shrinks, int64_t count,
+                 int64_t slots, const Pack& pack) {
+  const int64_t all = shrinks + count;
+  at::parallel_for(0, all, slots > 1 ? 1 : all + 1, [&](int64_t b, int64_t e) {
+    for (int64_t i = b; i < e; ++i) i < shrinks ? op.pack_shrink(shrink, i) : pack(i - shrinks);
+  });
+}
+
 // bfloat16 pairs are multiplied as they are when a row holds a whole number of them
 template <typename scalar_t, typename Run>
 void with_pairs(int64_t k, const Run& run) {

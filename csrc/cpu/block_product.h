@@ -140,16 +140,8 @@ void block_product(Op& op, const Rows& rows_of) {
   for (int64_t col0 = 0; col0 == 0 || col0 < p.N; col0 += group) {
     const int64_t cols = std::min(group, p.N - col0), count = (cols + kWide - 1) / kWide;
     const int64_t shrinks = col0 == 0 ? op.shrinks() : 0;
-    const int64_t grain = slots > 1 ? 1 : shrinks + count + 1;
-    at::parallel_for(0, shrinks + count, grain, [&](int64_t b, int64_t e) {
-      for (int64_t i = b; i < e; ++i) {
-        if (i < shrinks) {
-          op.pack_shrink(shrink, i);
-        } else {
-          const int64_t c = (i - shrinks) * kWide;
-          pack(col0 + c, panels + c * (K + E));
-        }
-      }
+    pack_shared(op, shrink, shrinks, count, slots, [&](int64_t i) {
+      pack(col0 + i * kWide, panels + i * kWide * (K + E));
     });
     at::parallel_for(0, slots, 1, [&](int64_t b, int64_t e) {
       for (int64_t slot = b; slot < e; ++slot)

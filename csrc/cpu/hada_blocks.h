@@ -1,6 +1,6 @@
 // The products of a Hadamard update by torch, where its product is the faster one (linear.h): W + ΔW
-// and dyᵀ x are made in blocks of rows, each of which is consumed before the next. They are not for
-// 16-bit, whose results would be rounded twice.
+// is made in blocks of rows and dyᵀ x in blocks of tiles, each of which is consumed before the next.
+// They are not for 16-bit, whose results would be rounded twice.
 
 #pragma once
 
@@ -9,7 +9,8 @@
 
 namespace lorakern {
 
-// sum[rows, I] = W + ΔW of these rows from o. right: the downs in panels, one's behind the other's.
+// sum[rows, I] = W + ΔW of these rows from o, so few that W is read and sum written along them.
+// right: the downs in panels, one's behind the other's.
 template <typename acc_t>
 void add_hada(const Hadamard<acc_t>& h, const acc_t* w, int64_t o, int64_t rows, acc_t* sum,
               const std::vector<acc_t>& right) {
@@ -78,25 +79,34 @@ void hada_dx_by_torch(const Hadamard<scalar_t>& h, const at::Tensor& dy, const a
   });
 }
 
-// visit as that of outer_tiles, of the tiles of a block of rows of dyᵀ x
+// visit as that of outer_tiles, of tiles that are made side by side: no more of them than a core keeps
 template <typename scalar_t, typename Visit>
 void outer_tiles_by_torch(const Tiles& tiles, const at::Tensor& dy, const at::Tensor& x,
                           const Visit& visit) {
+  constexpr int64_t kFew = kFewBytes / sizeof(scalar_t);
   const at::AutoDispatchBelowADInplaceOrView below;
   const at::Tensor dy_MO = dy.view({-1, tiles.O}), x_MI = x.view({-1, tiles.I});
-  const int64_t fit = kRowsBytes / (tiles.I * sizeof(scalar_t));
-  for (int64_t from = 0, to; from < tiles.o_count; from = to) {
-    const int64_t first = tiles.row(from);
-    to = from + 1;
-    while (to < tiles.o_count && tiles.row(to + 1) - first <= fit) ++to;
-    const at::Tensor block = at::mm(dy_MO.narrow(1, first, tiles.row(to) - first).t(), x_MI);
-    scalar_t* const g = block.mutable_data_ptr<scalar_t>();
-    at::parallel_for(from * tiles.i_count, to * tiles.i_count, 1, [&](int64_t b, int64_t e) {
-      for (int64_t tile = b; tile < e; ++tile) {
-        const auto [o_tile, i_tile, o, i, rows, cols] = tiles.at(tile);
-        visit(o_tile, i_tile, o, rows, i, cols, g + (o - first) * tiles.I + i, tiles.I);
-      }
-    });
+  for (int64_t o_tile = 0, o_end; o_tile < tiles.o_count; o_tile = o_end) {
+    const int64_t o = tiles.row(o_tile);
+    o_end = o_tile + 1;
+    while (o_end < tiles.o_count && (tiles.row(o_end + 1) - o) * tiles.I <= kFew) ++o_end;
+    const int64_t rows = tiles.row(o_end) - o;
+    for (int64_t i_tile = 0, i_end; i_tile < tiles.i_count; i_tile = i_end) {
+      const int64_t i = tiles.column(i_tile);
+      i_end = i_tile + 1;
+      while (i_end < tiles.i_count && rows * (tiles.column(i_end + 1) - i) <= kFew) ++i_end;
+      const int64_t cols = tiles.column(i_end) - i, across = i_end - i_tile;
+      const at::Tensor made = at::mm(dy_MO.narrow(1, o, rows).t(), x_MI.narrow(1, i, cols));
+      scalar_t* const g = made.mutable_data_ptr<scalar_t>();
+      at::parallel_for(0, (o_end - o_tile) * across, 1, [&](int64_t b, int64_t e) {
+        for (int64_t n = b; n < e; ++n) {
+          const auto [own_o, own_i, first, column, height, width] =
+              tiles.at((o_tile + n / across) * tiles.i_count + i_tile + n % across);
+          visit(own_o, own_i, first, height, column, width, g + (first - o) * cols + column - i,
+                cols);
+        }
+      });
+    }
   }
 }
 

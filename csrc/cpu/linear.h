@@ -2,11 +2,11 @@
 
 #pragma once
 
-#include <optional>
-
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/mm.h>
+
+#include <optional>
 
 #include "../check.h"
 #include "add_update.h"
@@ -113,15 +113,13 @@ inline void torch_product_of_gained(const at::Tensor& out, const at::Tensor& a, 
   const at::AutoDispatchBelowADInplaceOrView below;
   if (a.nbytes() <= std::min<size_t>(kRowsBytes, w.nbytes()))
     return torch_product(out, a * gain, w);
-  const int64_t K = w.size(0), N = w.size(1), M = a.numel() / K;
-  const int64_t most = std::clamp<int64_t>(kRowsBytes / (N * w.element_size()), 1, K);
-  const at::Tensor a_MK = a.view({M, K});
-  at::Tensor out_MN = out.view({M, N});
+  const int64_t K = w.size(0);
+  const int64_t most = std::clamp<int64_t>(kRowsBytes / (w.size(1) * w.element_size()), 1, K);
+  const at::Tensor a_MK = a.view({-1, K});
   for (int64_t k = 0; k < K; k += most) {
     const int64_t some = std::min(most, K - k);
     const at::Tensor gained = w.narrow(0, k, some) * gain.narrow(0, k, some).unsqueeze(1);
-    const at::Tensor part = a_MK.narrow(1, k, some);
-    k == 0 ? at::mm_out(out_MN, part, gained) : at::addmm_out(out_MN, out_MN, part, gained);
+    torch_product(out, a_MK.narrow(1, k, some), gained, {}, k > 0);
   }
 }
 

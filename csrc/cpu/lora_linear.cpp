@@ -3,7 +3,8 @@
 // The plain-torch spec writes the base product, reads it back for the update, and reads dy and x
 // once for each product that needs them. Here a block of rows stays in cache for all of its
 // products (block_product.h), 16-bit sums stay in float32 until the one rounding, and the gradients of
-// the factors are summed by thread, then over threads in order.
+// the factors are summed by thread, then over threads in order. Where torch's base product is the
+// faster one (linear.h), such a block gets the update alone.
 
 #include "lora_linear.h"
 

@@ -2,7 +2,8 @@
 //
 // One call of lora_linear a layer reads x once a layer, writes a dx each, and adds those up after they
 // were rounded. Here a block of rows of x, or of all dys, stays in cache for every layer
-// (shared_block.h): x is read and dx written once, and the layers add to one sum of dx.
+// (shared_block.h): x is read and dx written once, and the layers add to one sum of dx. Where torch's
+// base products are the faster ones (linear.h), such a block gets the updates alone.
 
 #include "lora_linear_shared.h"
 
