@@ -32,6 +32,7 @@ at::Tensor hada_delta_fwd_cpu(const at::Tensor& down1, const at::Tensor& up1,
   at::Tensor delta = at::empty({O, I}, up1.options());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, delta.scalar_type(), "hada_delta", [&] {
     using acc_t = at::opmath_type<scalar_t>;
+    using Vec = at::vec::Vectorized<acc_t>;
     constexpr int64_t kWide = kPanel<acc_t>;
     const auto h = hadamard<scalar_t>(down1, up1, down2, up2, scale);
     scalar_t* const out = delta.mutable_data_ptr<scalar_t>();
@@ -39,14 +40,12 @@ at::Tensor hada_delta_fwd_cpu(const at::Tensor& down1, const at::Tensor& up1,
       for (int64_t panel = b; panel < e; ++panel) {
         const int64_t first = panel * kWide, used = std::min(kWide, I - first);
         const int64_t width = used > kWidth<acc_t> ? kWide : kWidth<acc_t>;
-        acc_t line[kWide];
-        hada_panel(h, false, 0, O, first, used, width,
-                   [&](int64_t row, int64_t rows, const acc_t* one, const acc_t* two) {
-                     for (int64_t r = 0; r < rows; ++r) {
-                       for (int64_t j = 0; j < width; ++j)
-                         line[j] = h.scale * one[r * width + j] * two[r * width + j];
-                       narrow<scalar_t, acc_t>(out + (row + r) * I + first, line, nullptr, used);
-                     }
+        hada_panel(h, false, O, first, used, width,
+                   [&](int64_t row, int64_t lane, Vec one, Vec two) {
+                     acc_t line[kWidth<acc_t>];
+                     (Vec(h.scale) * one * two).store(line);
+                     narrow<scalar_t, acc_t>(out + row * I + first + lane, line, nullptr,
+                                             std::clamp<int64_t>(used - lane, 0, kWidth<acc_t>));
                    });
       }
     });
@@ -67,7 +66,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> hada_delta_bwd_cpu(
     using acc_t = at::opmath_type<scalar_t>;
     const auto h = hadamard<scalar_t>(down1, up1, down2, up2, scale);
     const Tiles tiles(O, I);
-    const HadaGradients<acc_t> sums(h, tiles.o_count, tiles.i_count);
+    const HadaGradients<acc_t> sums(h, tiles.o_count, tiles.i_count, nullptr);
     const scalar_t* const from = ddelta.const_data_ptr<scalar_t>();
     at::parallel_for(0, tiles.o_count * tiles.i_count, 1, [&](int64_t b, int64_t e) {
       std::vector<acc_t> g;
@@ -76,10 +75,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> hada_delta_bwd_cpu(
         const int64_t o = tiles.row(o_tile), i = tiles.column(i_tile);
         const int64_t rows = tiles.row(o_tile + 1) - o, cols = tiles.column(i_tile + 1) - i;
         g.resize(rows * cols);
-        for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t r = 0; r < rows; ++r)
           widen(g.data() + r * cols, from + (o + r) * I + i, cols);
-          for (int64_t c = 0; c < cols; ++c) g[r * cols + c] *= h.scale;
-        }
         sums.add(o_tile, i_tile, o, rows, i, cols, g.data(), cols);
       }
     });

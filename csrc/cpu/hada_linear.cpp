@@ -6,7 +6,7 @@
 // - Larger ones: ΔW is added to the panels of W, in the type of the sums, as they are packed, so
 //   that the product with W + ΔW is one. Tiles of dyᵀ x are consumed in cache (outer_tiles.h).
 //   AMX tiles make ΔW, and the gradients of its factors, of bfloat16 (hada_pairs.h). Where torch's
-//   product is the faster one, it multiplies blocks of rows of W + ΔW (hada_blocks.h).
+//   product is the faster one, it multiplies blocks of W + ΔW (hada_blocks.h).
 // Nothing is saved but x and the factors.
 
 #include <ATen/Dispatch.h>
@@ -33,13 +33,14 @@ struct Product : Block<scalar_t_, false> {
   const Hadamard<acc_t>& h;
 
   void pack(acc_t* panel, int64_t first, int64_t width) const {
+    using Vec = at::vec::Vectorized<acc_t>;
     const auto& p = this->p;
     pack_panel<false>(panel, p.wide, p.transposed, p.K, p.N, first, width);
     const int64_t used = std::min(width, p.N - first);
-    hada_panel(h, p.transposed, 0, p.K, first, used, width,
-               [&](int64_t row, int64_t rows, const acc_t* one, const acc_t* two) {
-                 acc_t* out = panel + row * width;
-                 for (int64_t i = 0; i < rows * width; ++i) out[i] += h.scale * one[i] * two[i];
+    hada_panel(h, p.transposed, p.K, first, used, width,
+               [&](int64_t row, int64_t lane, Vec one, Vec two) {
+                 acc_t* const out = panel + row * width + lane;
+                 (Vec::loadu(out) + Vec(h.scale) * one * two).store(out);
                });
     this->scale_rows(panel, width);
   }
@@ -98,17 +99,11 @@ std::array<at::Tensor, 4> factor_gradients(const Update& update, const at::Tenso
   }
 #endif
   const auto h = update.wide<scalar_t>();
-  const Tiles tiles(O, I);
-  const HadaGradients<acc_t> sums(h, tiles.o_count, tiles.i_count);
-  const auto add = [&](int64_t o_tile, int64_t i_tile, int64_t o, int64_t rows, int64_t i,
-                       int64_t cols, acc_t* t, int64_t ld) {
-    for (int64_t r = 0; r < rows; ++r) {
-      const auto by = gains ? h.scale * gains[o + r] : h.scale;
-      for (int64_t c = 0; c < cols; ++c) t[r * ld + c] *= by;
-    }
-    sums.add(o_tile, i_tile, o, rows, i, cols, t, ld);
-  };
-  if (by_torch(x, M, O, I, true)) {
+  const bool torchs = by_torch(x, M, O, I, true);
+  const Tiles tiles = torchs ? torch_tiles(O, I) : Tiles(O, I);
+  const HadaGradients<acc_t> sums(h, tiles.o_count, tiles.i_count, gains);
+  const auto add = [&](auto... tile) { sums.add(tile...); };
+  if (torchs) {
     outer_tiles_by_torch<acc_t>(tiles, dy, x, add);
   } else {
     outer_tiles<scalar_t, kPairsOf<scalar_t>>(tiles, data<scalar_t>(dy), data<scalar_t>(x), M, add);

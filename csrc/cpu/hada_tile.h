@@ -39,42 +39,81 @@ Hadamard<at::opmath_type<scalar_t>> hadamard(const at::Tensor& down1, const at::
   return h;
 }
 
-// rows that a pair of products is made of at a time
-constexpr int64_t kHadaRows = 64;
+// rows of both products that fill the registers
+constexpr int kHadaRows = kTileRows / 2;
 
-// visit(row, rows, one, two): the two products, [rows, width], of all rows of a panel's columns from
-// `first`. transposed: rows are columns of the update, and the panel is of its rows.
-template <typename acc_t, typename Visit>
-void hada_panel(const Hadamard<acc_t>& h, bool transposed, int64_t row0, int64_t row_count,
-                int64_t first, int64_t used, int64_t width, const Visit& visit) {
-  const bool wide = width == kPanel<acc_t>;
-  const Pair<acc_t>* pairs[2] = {&h.first, &h.second};
-  std::vector<acc_t> room((h.first.R + h.second.R) * width + 2 * kHadaRows * width);
-  acc_t* right[2] = {room.data(), room.data() + h.first.R * width};
-  acc_t* made[2] = {right[1] + h.second.R * width,
-                    right[1] + h.second.R * width + kHadaRows * width};
-  for (int i = 0; i < 2; ++i) {
-    const Pair<acc_t>& p = *pairs[i];
-    if (transposed) {
-      pack_transposed(right[i], width, p.up + first * p.R, p.R, used, p.R);
-    } else {
-      pack_rows(right[i], width, p.down + first, h.I, used, p.R);
-    }
+// visit(row, lane, one, two): a vector of each product, of kRows rows from `row`, as is told below.
+template <typename acc_t, int kRows, int kVecs, bool kTransposed, typename Visit>
+inline void hada_tile(const Hadamard<acc_t>& h, int64_t row, const acc_t* first,
+                      const acc_t* second, const Visit& visit) {
+  using Vec = at::vec::Vectorized<acc_t>;
+  Vec one[kRows][kVecs], two[kRows][kVecs];
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 2
+    for (int j = 0; j < kVecs; ++j) one[i][j] = two[i][j] = Vec(acc_t(0));
   }
-  for (int64_t row = row0; row < row0 + row_count; row += kHadaRows) {
-    const int64_t rows = std::min(kHadaRows, row0 + row_count - row);
-    for (int i = 0; i < 2; ++i) {
-      const Pair<acc_t>& p = *pairs[i];
+  const auto term = [&](const Pair<acc_t>& p, const acc_t* right) {
+    return kTransposed
+               ? Term<acc_t>{p.down + row, h.I, right, kVecs * kWidth<acc_t>, p.R}
+               : Term<acc_t>{p.up + row * p.R, p.R, right, kVecs * kWidth<acc_t>, p.R};
+  };
+  accumulate<acc_t, kRows, kVecs, false, kTransposed>(one, term(h.first, first));
+  accumulate<acc_t, kRows, kVecs, false, kTransposed>(two, term(h.second, second));
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 2
+    for (int j = 0; j < kVecs; ++j) visit(row + i, j * kWidth<acc_t>, one[i][j], two[i][j]);
+  }
+}
+
+// visit(row, lane, one, two): a vector of each product, of all rows of a panel whose right operands
+// are packed, from its column `lane`. transposed: rows are columns of the update, and the panel is of
+// its rows.
+template <typename acc_t, bool kTransposed, typename Visit>
+void hada_rows(const Hadamard<acc_t>& h, int64_t row, int64_t rows, bool wide, const acc_t* first,
+               const acc_t* second, const Visit& visit) {
+  const auto run = [&](auto height) {
+    wide ? hada_tile<acc_t, height, 2, kTransposed>(h, row, first, second, visit)
+         : hada_tile<acc_t, height, 1, kTransposed>(h, row, first, second, visit);
+    row += height;
+  };
+  const int64_t end = row + rows;
+  while (end - row >= kHadaRows) run(std::integral_constant<int, kHadaRows>{});
+  if ((end - row) & 4) run(std::integral_constant<int, 4>{});
+  if ((end - row) & 2) run(std::integral_constant<int, 2>{});
+  if ((end - row) & 1) run(std::integral_constant<int, 1>{});
+}
+
+// The right operands of a panel of `used` columns from `first` of both products, or of its rows.
+template <typename acc_t>
+struct HadaRight {
+  std::vector<acc_t> room;
+  const acc_t *first, *second;
+
+  HadaRight(const Hadamard<acc_t>& h, bool transposed, int64_t from, int64_t used, int64_t width)
+      : room((h.first.R + h.second.R) * width),
+        first(room.data()),
+        second(room.data() + h.first.R * width) {
+    acc_t* to = room.data();
+    for (const Pair<acc_t>* p : {&h.first, &h.second}) {
       if (transposed) {
-        multiply_panel<acc_t, false, true>(made[i], width, false, rows, wide,
-                                           {p.down + row, h.I, right[i], width, p.R});
+        pack_transposed(to, width, p->up + from * p->R, p->R, used, p->R);
       } else {
-        multiply_panel<acc_t, false, false>(made[i], width, false, rows, wide,
-                                            {p.up + row * p.R, p.R, right[i], width, p.R});
+        pack_rows(to, width, p->down + from, h.I, used, p->R);
       }
+      to += p->R * width;
     }
-    visit(row, rows, made[0], made[1]);
   }
+};
+
+// visit as that of hada_rows: all rows of a panel
+template <typename acc_t, typename Visit>
+void hada_panel(const Hadamard<acc_t>& h, bool transposed, int64_t rows, int64_t from, int64_t used,
+                int64_t width, const Visit& visit) {
+  const HadaRight<acc_t> right(h, transposed, from, used, width);
+  const auto run = transposed ? hada_rows<acc_t, true, Visit> : hada_rows<acc_t, false, Visit>;
+  run(h, 0, rows, width == kPanel<acc_t>, right.first, right.second, visit);
 }
 
 // The gradients of the four factors, in parts: one of an up for each run of columns, one of a down
@@ -82,11 +121,12 @@ void hada_panel(const Hadamard<acc_t>& h, bool transposed, int64_t row0, int64_t
 template <typename acc_t>
 struct HadaGradients {
   const Hadamard<acc_t>& h;
-  int64_t o_tiles, i_tiles;
+  const acc_t* gains;
   std::array<at::Tensor, 2> up_parts, down_parts;
 
-  HadaGradients(const Hadamard<acc_t>& h, int64_t o_tiles, int64_t i_tiles)
-      : h(h), o_tiles(o_tiles), i_tiles(i_tiles) {
+  // gains: [O] or null
+  HadaGradients(const Hadamard<acc_t>& h, int64_t o_tiles, int64_t i_tiles, const acc_t* gains)
+      : h(h), gains(gains) {
     const auto options = h.held[0].options();
     for (int i = 0; i < 2; ++i) {
       const int64_t R = i == 0 ? h.first.R : h.second.R;
@@ -95,42 +135,54 @@ struct HadaGradients {
     }
   }
 
-  // g[rows, ld]: the gradient of the update times scale, rows from o and `cols` columns from i
+  // g[rows, ld]: rows of dyᵀ x from o and `cols` columns from i
   void add(int64_t o_tile, int64_t i_tile, int64_t o, int64_t rows, int64_t i, int64_t cols,
            const acc_t* g, int64_t ld) const {
+    using Vec = at::vec::Vectorized<acc_t>;
     constexpr int64_t kWide = kPanel<acc_t>;
+    // so many that what a panel of them gives stays in L1
+    constexpr int64_t kRows = 12 * kHadaRows;
     const Pair<acc_t>* pairs[2] = {&h.first, &h.second};
-    std::vector<acc_t> flipped(kWide * kWide), product(2 * rows * kWide);
-    acc_t* hs[2] = {product.data(), product.data() + rows * kWide};
+    acc_t hs[2][kRows * kWide];
+    std::vector<acc_t> turned[2];
     for (int64_t c = 0; c < cols; c += kWide) {
-      const int64_t used = std::min(kWide, cols - c);
-      const int64_t width = used > kWidth<acc_t> ? kWide : kWidth<acc_t>;
-      // the gradient of one product is g times the other
-      hada_panel(h, false, o, rows, i + c, used, width,
-                 [&](int64_t row, int64_t n, const acc_t* one, const acc_t* two) {
-                   for (int64_t r = 0; r < n; ++r) {
-                     const int64_t at = (row - o + r) * width;
-                     const acc_t* from = g + (row - o + r) * ld + c;
-                     for (int64_t j = 0; j < used; ++j) {
-                       hs[0][at + j] = from[j] * two[r * width + j];
-                       hs[1][at + j] = from[j] * one[r * width + j];
-                     }
-                     for (int64_t j = used; j < width; ++j) hs[0][at + j] = hs[1][at + j] = 0;
-                   }
-                 });
+      const int64_t used = std::min(kWide, cols - c), width = width_of<acc_t>(used);
+      const HadaRight<acc_t> right(h, false, i + c, used, width);
       for (int k = 0; k < 2; ++k) {
-        const Pair<acc_t>& p = *pairs[k];
-        const int64_t Rp = padded<acc_t>(p.R), Ip = padded<acc_t>(h.I);
-        acc_t* ddown = down_parts[k].template mutable_data_ptr<acc_t>() + o_tile * p.R * Ip + i + c;
-        acc_t* dup = up_parts[k].template mutable_data_ptr<acc_t>() + (i_tile * h.O + o) * Rp;
-        multiply_panel<acc_t, false, true>(ddown, Ip, false, p.R, width == kWide,
-                                           {p.up + o * p.R, p.R, hs[k], width, rows});
-        for (int64_t r = 0; r < p.R; r += kWide) {
-          const int64_t ranks = std::min(kWide, p.R - r);
-          const int64_t across = ranks > kWidth<acc_t> ? kWide : kWidth<acc_t>;
-          pack_transposed(flipped.data(), across, p.down + r * h.I + i + c, h.I, ranks, used);
-          multiply_panel<acc_t, false, false>(dup + r, Rp, c > 0, rows, across == kWide,
-                                              {hs[k], width, flipped.data(), across, used});
+        const int64_t R = pairs[k]->R;
+        turned[k].resize(used * padded<acc_t>(R));
+        for (int64_t r = 0; r < R; r += kWide)
+          pack_transposed(turned[k].data() + r * used, width_of<acc_t>(R - r),
+                          pairs[k]->down + r * h.I + i + c, h.I, std::min(kWide, R - r), used);
+      }
+      for (int64_t row = o; row < o + rows; row += kRows) {
+        const int64_t some = std::min(kRows, o + rows - row);
+        // the gradient of one product is that of the update times the other
+        hada_rows<acc_t, false>(
+            h, row, some, width == kWide, right.first, right.second,
+            [&](int64_t at, int64_t lane, Vec one, Vec two) {
+              const int64_t left = std::clamp<int64_t>(used - lane, 0, kWidth<acc_t>);
+              const acc_t* const from = g + (at - o) * ld + c + lane;
+              __builtin_prefetch(from + kWide);
+              Vec by = left == kWidth<acc_t> ? Vec::loadu(from) : Vec::loadu(from, left);
+              by = by * Vec(gains ? h.scale * gains[at] : h.scale);
+              (by * two).store(hs[0] + (at - row) * width + lane);
+              (by * one).store(hs[1] + (at - row) * width + lane);
+            });
+        for (int k = 0; k < 2; ++k) {
+          const Pair<acc_t>& p = *pairs[k];
+          const int64_t Rp = padded<acc_t>(p.R), Ip = padded<acc_t>(h.I);
+          acc_t* const ddown = down_parts[k].template mutable_data_ptr<acc_t>();
+          acc_t* const dup = up_parts[k].template mutable_data_ptr<acc_t>();
+          multiply_panel<acc_t, false, true>(ddown + o_tile * p.R * Ip + i + c, Ip, row > o, p.R,
+                                             width == kWide,
+                                             {p.up + row * p.R, p.R, hs[k], width, some});
+          for (int64_t r = 0; r < p.R; r += kWide) {
+            const int64_t across = width_of<acc_t>(p.R - r);
+            multiply_panel<acc_t, false, false>(
+                dup + (i_tile * h.O + row) * Rp + r, Rp, c > 0, some, across == kWide,
+                {hs[k], width, turned[k].data() + r * used, across, used});
+          }
         }
       }
     }
