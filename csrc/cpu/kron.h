@@ -32,15 +32,33 @@ inline void copy_few(acc_t* to, const acc_t* from, int64_t n) {
   if (n % kLanes != 0) Vec::loadu(from + n - kLanes).store(to + n - kLanes);
 }
 
+// to += from, of few values: the last vector is summed before what it overlaps is stored
+template <typename acc_t>
+inline void add_few(acc_t* to, const acc_t* from, int64_t n) {
+  using Vec = at::vec::Vectorized<acc_t>;
+  constexpr int64_t kLanes = Vec::size();
+  if (n < kLanes) {
+    for (int64_t j = 0; j < n; ++j) to[j] += from[j];
+    return;
+  }
+  const int64_t end = n - kLanes;
+  const Vec last = Vec::loadu(to + end) + Vec::loadu(from + end);
+  for (int64_t j = 0; j < end; j += kLanes)
+    (Vec::loadu(to + j) + Vec::loadu(from + j)).store(to + j);
+  last.store(to + end);
+}
+
 // to[rows, cols] (+)= from
 template <typename acc_t>
 void put_matrix(acc_t* to, int64_t to_ld, bool add, const acc_t* from, int64_t ld, int64_t rows,
                 int64_t cols) {
-  for (int64_t i = 0; i < rows; ++i, to += to_ld, from += ld) {
-    if (!add) copy_few(to, from, cols);
-    for (int64_t j = 0; add && j < cols; ++j) to[j] += from[j];
-  }
+  for (int64_t i = 0; i < rows; ++i, to += to_ld, from += ld)
+    add ? add_few(to, from, cols) : copy_few(to, from, cols);
 }
+
+// lanes past the end of a matrix that are read, but nothing is made of them, or written
+template <typename acc_t>
+constexpr int64_t kSlack = kPanel<acc_t>;
 
 // A right operand [k, cols] packed in panels, one after another.
 template <typename acc_t>
@@ -60,16 +78,18 @@ struct Panels {
     for (int64_t c = 0; c < cols; c += kPanel<acc_t>)
       visit(c, cols - c > kWidth<acc_t> ? kPanel<acc_t> : kWidth<acc_t>, data.data() + c * k);
   }
-  // out[rows, ldc] (+)= a[rows, k] times it; room: rows of a panel
-  void multiply(acc_t* out, int64_t ldc, bool add, const acc_t* a, int64_t lda, int64_t rows,
-                acc_t* room) {
-    each([&](int64_t c, int64_t width, const acc_t* panel) {
-      const int64_t used = std::min(width, cols - c);
-      const bool whole = used == width;
-      multiply_panel<acc_t, false, false>(whole ? out + c : room, whole ? ldc : width, whole && add,
-                                          rows, width == kPanel<acc_t>, {a, lda, panel, width, k});
-      if (!whole) put_matrix(out + c, ldc, add, room, width, rows, used);
-    });
+  // out[rows, cols] = a[rows, k] times it, and kSlack lanes behind, which are written: the last
+  // columns go first, and what a row's panel has beyond them the next row overwrites. Not so where
+  // sums are in runs, each upon those before: then by room, rows of a panel.
+  void multiply(acc_t* out, const acc_t* a, int64_t lda, int64_t rows, acc_t* room) const {
+    for (int64_t c = (cols - 1) / kPanel<acc_t> * kPanel<acc_t>; c >= 0; c -= kPanel<acc_t>) {
+      const int64_t width = cols - c > kWidth<acc_t> ? kPanel<acc_t> : kWidth<acc_t>;
+      const bool fits = cols - c >= width || k <= kRun<acc_t>;
+      multiply_panel<acc_t, false, false>(fits ? out + c : room, fits ? cols : width, false, rows,
+                                          width == kPanel<acc_t>,
+                                          {a, lda, data.data() + c * k, width, k});
+      if (!fits) put_matrix(out + c, cols, false, room, width, rows, cols - c);
+    }
   }
 };
 
@@ -116,20 +136,17 @@ struct Inner {
       add(turned ? f.d_up : f.d_down);
     }
   }
-  void multiply(acc_t* out, int64_t ldc, acc_t* t, const acc_t* a, int64_t lda, int64_t rows,
-                acc_t* room) {
+  // out[rows, cols] and t[rows, R], with slack behind them
+  void multiply(acc_t* out, acc_t* t, const acc_t* a, int64_t lda, int64_t rows,
+                acc_t* room) const {
     if (steps.size() == 2) {
-      steps[0].multiply(t, steps[0].cols, false, a, lda, rows, room);
+      steps[0].multiply(t, a, lda, rows, room);
       a = t;
       lda = steps[0].cols;
     }
-    steps.back().multiply(out, ldc, false, a, lda, rows, room);
+    steps.back().multiply(out, a, lda, rows, room);
   }
 };
-
-// lanes read past the end of a row's last matrix, which nothing is made of
-template <typename acc_t>
-constexpr int64_t kSlack = kPanel<acc_t>;
 
 // out[rows, ldc] (+)= left[rows, k] right[k, ld], or leftᵀ [k, rows]; rows of out take whole panels,
 // and right is read up to there

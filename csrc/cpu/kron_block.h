@@ -1,8 +1,8 @@
 // What kron_linear does with a block of rows in cache. A row of x is a [B, Q] matrix and one of y is
 // [A, P]: s·C (X Dᵀ) is what the sums of the base product start from, so that y is written once.
-// Backward makes X Dᵀ again beside Cᵀ dY, and takes dC, dD and dx from them in the same pass over
-// x and dy. Or the base product is in the sums already, and all is added to it. A run of rows m stays
-// in L1, laid out as [B][m, P], so that a product with C is one over all columns (m, p), and one with
+// Backward, Z = dY D gives dx = s·Cᵀ Z and dC, and V = s·C X gives dD, in the same pass over x and
+// dy. Or the base product is in the sums already, and all is added to it. A run of rows m stays in
+// cache, laid out as [B][m, P], so that a product with C is one over all columns (m, p), and one with
 // D is one over all rows m.
 
 #pragma once
@@ -15,7 +15,7 @@ namespace lorakern {
 // rows of a run, of a slot's, by the floats of x or y
 template <typename acc_t>
 int64_t kron_run(const Kron<acc_t>& f, const Rows& rows) {
-  constexpr int64_t kRunBytes = 32 << 10;
+  constexpr int64_t kRunBytes = 64 << 10;
   const int64_t most = kRunBytes / (sizeof(acc_t) * std::max(f.A * f.P, f.B * f.Q));
   return std::clamp<int64_t>(most, 1, rows.per_slot);
 }
@@ -35,21 +35,21 @@ struct KronForward : Block<scalar_t, kPairs> {
 
   static int64_t size(const Kron<acc_t>& f, int64_t run) {
     return run * (f.B * f.Q + f.R + kPanel<acc_t>) +
-           (f.A + f.B) * padded<acc_t>(run * f.P) + kSlack<acc_t>;
+           (f.A + f.B) * padded<acc_t>(run * f.P) + 2 * kSlack<acc_t>;
   }
 
   void start(int64_t slot, int64_t row, int64_t rows, acc_t* sums, int64_t ld) {
     const int64_t I = f.B * f.Q;
     acc_t* const wide = room + slot * room_size;
     acc_t* const t = wide + most * I;
-    acc_t* const part = t + most * f.R;
+    acc_t* const part = t + most * f.R + kSlack<acc_t>;
     acc_t* const h = part + most * kPanel<acc_t>;
     for (int64_t from = 0; from < rows; from += most) {
       const int64_t run = std::min(most, rows - from), n = run * f.P, ldn = padded<acc_t>(n);
       acc_t* const y = h + f.B * ldn + kSlack<acc_t>;
       const acc_t* const x = rows_of_x(wide, this->p.a + (row + from) * I, run * I);
       for (int64_t b = 0; b < f.B; ++b)
-        turned.multiply(h + b * ldn, f.P, t, x + b * f.Q, I, run, part);
+        turned.multiply(h + b * ldn, t, x + b * f.Q, I, run, part);
       multiply_all<false>(y, ldn, scaled, f.B, f.A, h, ldn, f.B, n);
       for (int64_t m = 0; m < run; ++m)
         put_matrix(sums + (from + m) * ld, f.P, adds, y + m * f.P, ldn, f.A, f.P);
@@ -64,12 +64,60 @@ struct KronForward : Block<scalar_t, kPairs> {
   }
 };
 
+// sums[rows, cols] += left[rows, n] right[cols, n]ᵀ, lane by lane: each is a vector
+template <typename acc_t>
+void add_dots(acc_t* sums, const acc_t* left, int64_t rows, const acc_t* right, int64_t cols,
+              int64_t ld, int64_t n) {
+  using Vec = at::vec::Vectorized<acc_t>;
+  constexpr int64_t kLanes = Vec::size();
+  constexpr int kHigh = 4, kAcross = kTileRows > 6 ? 4 : 2;
+  for (int64_t i0 = 0; i0 < rows; i0 += kHigh) {
+    for (int64_t j0 = 0; j0 < cols; j0 += kAcross) {
+      // past the last row or column, it is the last once more
+      const acc_t *a[kHigh], *b[kAcross];
+      acc_t* to[kHigh][kAcross];
+      Vec dots[kHigh][kAcross];
+      for (int j = 0; j < kAcross; ++j) b[j] = right + std::min(j0 + j, cols - 1) * ld;
+#pragma GCC unroll 4
+      for (int i = 0; i < kHigh; ++i) {
+        const int64_t row = std::min(i0 + i, rows - 1);
+        a[i] = left + row * ld;
+#pragma GCC unroll 4
+        for (int j = 0; j < kAcross; ++j) {
+          to[i][j] = sums + (row * cols + std::min(j0 + j, cols - 1)) * kLanes;
+          dots[i][j] = Vec::loadu(to[i][j]);
+        }
+      }
+      const auto step = [&](int64_t k, const auto& load) {
+        Vec across[kAcross];
+#pragma GCC unroll 4
+        for (int j = 0; j < kAcross; ++j) across[j] = load(b[j] + k);
+#pragma GCC unroll 4
+        for (int i = 0; i < kHigh; ++i) {
+          const Vec high = load(a[i] + k);
+#pragma GCC unroll 4
+          for (int j = 0; j < kAcross; ++j) dots[i][j] = at::vec::fmadd(high, across[j], dots[i][j]);
+        }
+      };
+      int64_t k = 0;
+      for (; k + kLanes <= n; k += kLanes) step(k, [](const acc_t* v) { return Vec::loadu(v); });
+      if (k < n) step(k, [&](const acc_t* v) { return Vec::loadu(v, n - k); });
+#pragma GCC unroll 4
+      for (int i = 0; i < kHigh; ++i)
+#pragma GCC unroll 4
+        for (int j = 0; j < kAcross; ++j) dots[i][j].store(to[i][j]);
+    }
+  }
+}
+
 template <typename scalar_t, bool kPairs>
 struct KronBackward : Block<scalar_t, kPairs> {
   using acc_t = at::opmath_type<scalar_t>;
   static constexpr bool kStarts = true;
   // terms of dC's sum at a time, and in the sums of some runs: short ones keep a long one exact
   static constexpr int64_t kDeep = 64, kKept = 4096;
+  // values of a dC that is so small that its own sums are kept in vectors
+  static constexpr int64_t kSmall = 1024;
   const Kron<acc_t>& f;
   const scalar_t* x;
   // C times s
@@ -81,9 +129,13 @@ struct KronBackward : Block<scalar_t, kPairs> {
   int64_t room_size, most;
 
   static int64_t size(const Kron<acc_t>& f, int64_t run) {
-    return run * (f.B * f.Q + 2 * f.B * f.R + kPanel<acc_t>) +
-           (f.A + 2 * f.B) * padded<acc_t>(run * f.P) + 2 * f.A * padded<acc_t>(f.B) + dd_size(f) +
-           kDeep * kPanel<acc_t> + 4 * kSlack<acc_t>;
+    return dc_size(f) + dd_size(f) + f.A * padded<acc_t>(f.B) + kDeep * kPanel<acc_t> +
+           (f.A + 2 * f.B) * padded<acc_t>(run * f.Q) + 5 * kSlack<acc_t> +
+           run * (f.A * f.P + (f.A + 1) * f.R + kPanel<acc_t>);
+  }
+  static bool has_dots(const Kron<acc_t>& f) { return f.A * f.B <= kSmall; }
+  static int64_t dc_size(const Kron<acc_t>& f) {
+    return f.A * (has_dots(f) ? f.B * kWidth<acc_t> : padded<acc_t>(f.B));
   }
   static int64_t dd_size(const Kron<acc_t>& f) {
     return f.R ? f.P * padded<acc_t>(f.R) + f.R * padded<acc_t>(f.Q) : f.P * padded<acc_t>(f.Q);
@@ -91,14 +143,14 @@ struct KronBackward : Block<scalar_t, kPairs> {
 
   void start(int64_t slot, int64_t row, int64_t rows, acc_t* sums, int64_t ld) {
     acc_t* const own_dc = room + slot * room_size;
-    acc_t* const own_dd = own_dc + f.A * padded<acc_t>(f.B);
+    acc_t* const own_dd = own_dc + dc_size(f);
     int64_t kept = 0;
     for (int64_t from = 0; from < rows; from += most) {
       const int64_t run = std::min(most, rows - from);
       start_run(own_dc, own_dd, kept > 0, row + from, run, sums + from * ld, ld);
       kept += run;
-      if (kept * f.P < kKept && from + run < rows) continue;
-      if (need_dc) add_to(dc + slot * f.A * padded<acc_t>(f.B), own_dc, own_dd - own_dc);
+      if (kept * f.Q < kKept && from + run < rows) continue;
+      if (need_dc) add_dc(dc + slot * f.A * padded<acc_t>(f.B), own_dc);
       if (need_dd) add_to(dd + slot * dd_size(f), own_dd, dd_size(f));
       kept = 0;
     }
@@ -107,51 +159,81 @@ struct KronBackward : Block<scalar_t, kPairs> {
   // more: whether the own gradients, with room behind them, have sums of other runs
   void start_run(acc_t* own_dc, acc_t* own_dd, bool more, int64_t row, int64_t run, acc_t* sums,
                  int64_t ld) {
-    const int64_t I = f.B * f.Q, O = f.A * f.P, n = run * f.P, ldn = padded<acc_t>(n);
+    const int64_t I = f.B * f.Q, O = f.A * f.P, n = run * f.Q, ldn = padded<acc_t>(n);
     const int64_t Bp = padded<acc_t>(f.B), Rp = padded<acc_t>(f.R), Qp = padded<acc_t>(f.Q);
     acc_t* const some_dc = own_dd + dd_size(f);
-    acc_t* const dy = some_dc + f.A * Bp;
-    acc_t* const h = dy + f.A * ldn + kSlack<acc_t>;
-    acc_t* const t = h + f.B * ldn;
-    acc_t* const wide = t + f.B * ldn + kSlack<acc_t>;
-    // of a low rank: X downᵀ and T up, [B][run, R]
-    acc_t* const s = wide + run * I + kSlack<acc_t>;
-    acc_t* const u = s + f.B * run * f.R;
-    acc_t* const part = u + f.B * run * f.R + kSlack<acc_t>;
-    acc_t* const panel = part + run * kPanel<acc_t>;
-    for (int64_t m = 0; m < run; ++m)
-      for (int64_t a = 0; a < f.A; ++a) {
-        acc_t* const to = dy + a * ldn + m * f.P;
-        const scalar_t* const from = this->p.a + (row + m) * O + a * f.P;
+    acc_t* const panel = some_dc + f.A * Bp;
+    acc_t* const xs = panel + kDeep * kPanel<acc_t>;
+    acc_t* const z = xs + f.B * ldn + kSlack<acc_t>;
+    acc_t* const dxs = z + f.A * ldn + kSlack<acc_t>;
+    acc_t* const part = dxs + f.B * ldn + kSlack<acc_t>;
+    acc_t* const wide = part + run * kPanel<acc_t>;
+    // of a low rank: dY up, [A][run, R], and V downᵀ
+    acc_t* const u = wide + run * O;
+    acc_t* const t = u + f.A * run * f.R + kSlack<acc_t>;
+    for (int64_t m = 0; (need_dc || need_dd) && m < run; ++m)
+      for (int64_t b = 0; b < f.B; ++b) {
+        const scalar_t* const from = x + (row + m) * I + b * f.Q;
         if constexpr (std::is_same_v<scalar_t, acc_t>) {
-          copy_few(to, from, f.P);
+          copy_few(xs + b * ldn + m * f.Q, from, f.Q);
         } else {
-          widen(to, from, f.P);
+          widen(xs + b * ldn + m * f.Q, from, f.Q);
         }
-        for (int64_t p = 0; this->p.gain && p < f.P; ++p) to[p] *= this->p.gain[a * f.P + p];
       }
-    const acc_t* xs = wide;
-    if (need_dc || need_dd) {
-      // past the end of its last row there is nothing to read
-      if (std::is_same_v<scalar_t, acc_t> && (this->p.M - row - run) * I >= kPanel<acc_t>) {
-        xs = reinterpret_cast<const acc_t*>(x + row * I);
+    const acc_t* dy = wide;
+    if (std::is_same_v<scalar_t, acc_t> && !this->p.gain) {
+      dy = reinterpret_cast<const acc_t*>(this->p.a + row * O);
+    } else {
+      widen(wide, this->p.a + row * O, run * O);
+      for (int64_t i = 0; this->p.gain && i < run * O; ++i) wide[i] *= this->p.gain[i % O];
+    }
+    if (need_dx || need_dc) {
+      for (int64_t a = 0; a < f.A; ++a)
+        straight.multiply(z + a * ldn, u + a * run * f.R, dy + a * f.P, O, run, part);
+    } else if (f.R) {
+      for (int64_t a = 0; a < f.A; ++a)
+        straight.steps[0].multiply(u + a * run * f.R, dy + a * f.P, O, run, part);
+    }
+    if (need_dc) sum_dc(own_dc, some_dc, panel, more, z, xs, ldn, n);
+    if (need_dx) {
+      multiply_all<true>(dxs, ldn, scaled, f.B, f.B, z, ldn, f.A, n);
+      for (int64_t m = 0; m < run; ++m)
+        put_matrix(sums + m * ld, f.Q, adds, dxs + m * f.Q, ldn, f.B, f.Q);
+    }
+    if (!need_dd) return;
+    acc_t* const v = z;
+    multiply_all<false>(v, ldn, scaled, f.B, f.A, xs, ldn, f.B, n);
+    for (int64_t a = 0; a < f.A; ++a) {
+      const bool adds_up = more || a > 0;
+      const acc_t *dy_a = dy + a * f.P, *v_a = v + a * ldn;
+      if (f.R) {
+        // dd_up += dYᵀ (V downᵀ), dd_down += (dY up)ᵀ V
+        turned.steps[0].multiply(t, v_a, f.Q, run, part);
+        multiply_all<true>(own_dd, Rp, dy_a, O, f.P, t, f.R, run, f.R, adds_up);
+        multiply_all<true>(own_dd + f.P * Rp, Qp, u + a * run * f.R, f.R, f.R, v_a, f.Q, run, f.Q,
+                           adds_up);
       } else {
-        widen(wide, x + row * I, run * I);
+        // dD += dYᵀ V
+        multiply_all<true>(own_dd, Qp, dy_a, O, f.P, v_a, f.Q, run, f.Q, adds_up);
       }
     }
-    if (need_dc || (need_dd && f.R)) {
-      for (int64_t b = 0; b < f.B; ++b)
-        turned.multiply(h + b * ldn, f.P, s + b * run * f.R, xs + b * f.Q, I, run, part);
+  }
+
+  // dC += Z Xᵀ over the columns (m, q)
+  void sum_dc(acc_t* own_dc, acc_t* some_dc, acc_t* panel, bool more, const acc_t* z,
+              const acc_t* xs, int64_t ldn, int64_t n) const {
+    const int64_t Bp = padded<acc_t>(f.B);
+    if (has_dots(f)) {
+      if (!more) std::fill(own_dc, own_dc + dc_size(f), acc_t(0));
+      return add_dots(own_dc, z, f.A, xs, f.B, ldn, n);
     }
-    // dC += dY Hᵀ over the columns (m, p)
-    for (int64_t k = 0; need_dc && k < n; k += kDeep) {
+    for (int64_t k = 0; k < n; k += kDeep) {
       const int64_t depth = std::min(kDeep, n - k);
       for (int64_t b = 0; b < f.B; b += kPanel<acc_t>) {
-        const int64_t used = std::min<int64_t>(kPanel<acc_t>, f.B - b);
-        const int64_t width = used > kWidth<acc_t> ? kPanel<acc_t> : kWidth<acc_t>;
-        pack_transposed(panel, width, h + b * ldn + k, ldn, used, depth);
+        const int64_t used = std::min<int64_t>(kPanel<acc_t>, f.B - b), width = width_of<acc_t>(used);
+        pack_transposed(panel, width, xs + b * ldn + k, ldn, used, depth);
         multiply_panel<acc_t, false, false>(some_dc + b, Bp, false, f.A, width == kPanel<acc_t>,
-                                            {dy + k, ldn, panel, width, depth});
+                                            {z + k, ldn, panel, width, depth});
       }
       if (k == 0 && !more) {
         std::copy(some_dc, some_dc + f.A * Bp, own_dc);
@@ -159,26 +241,16 @@ struct KronBackward : Block<scalar_t, kPairs> {
         add_to(own_dc, some_dc, f.A * Bp);
       }
     }
-    if (!need_dx && !need_dd) return;
-    // T = s · Cᵀ dY
-    multiply_all<true>(t, ldn, scaled, f.B, f.B, dy, ldn, f.A, n);
-    for (int64_t b = 0; b < f.B; ++b) {
-      const acc_t *last = t + b * ldn, *of_x = xs + b * f.Q;
-      if (f.R) straight.steps[0].multiply(u + b * run * f.R, f.R, false, last, f.P, run, part);
-      if (need_dd && f.R) {
-        // dd_up += Tᵀ S, dd_down += Uᵀ X
-        multiply_all<true>(own_dd, Rp, last, f.P, f.P, s + b * run * f.R, f.R, run, f.R,
-                           more || b > 0);
-        multiply_all<true>(own_dd + f.P * Rp, Qp, u + b * run * f.R, f.R, f.R, of_x, I, run, f.Q,
-                           more || b > 0);
-      } else if (need_dd) {
-        // dD += Tᵀ X
-        multiply_all<true>(own_dd, Qp, last, f.P, f.P, of_x, I, run, f.Q, more || b > 0);
-      }
-      if (f.R) last = u + b * run * f.R;
-      if (need_dx)
-        straight.steps.back().multiply(sums + b * f.Q, ld, adds, last, f.R ? f.R : f.P, run, part);
-    }
+  }
+
+  // to[A, padded(B)] += the own sums
+  void add_dc(acc_t* to, const acc_t* from) const {
+    using Vec = at::vec::Vectorized<acc_t>;
+    if (!has_dots(f)) return add_to(to, from, dc_size(f));
+    for (int64_t a = 0; a < f.A; ++a)
+      for (int64_t b = 0; b < f.B; ++b, from += Vec::size())
+        to[a * padded<acc_t>(f.B) + b] += at::vec::vec_reduce_all<acc_t>(
+            [](Vec one, Vec two) { return one + two; }, Vec::loadu(from));
   }
 
   static void add_to(acc_t* to, const acc_t* from, int64_t n) {
