@@ -8,6 +8,7 @@
 #pragma once
 
 #include "block_product.h"
+#include "dots.h"
 #include "kron.h"
 
 namespace lorakern {
@@ -64,60 +65,17 @@ struct KronForward : Block<scalar_t, kPairs> {
   }
 };
 
-// sums[rows, cols] += left[rows, n] right[cols, n]ᵀ, lane by lane: each is a vector
-template <typename acc_t>
-void add_dots(acc_t* sums, const acc_t* left, int64_t rows, const acc_t* right, int64_t cols,
-              int64_t ld, int64_t n) {
-  using Vec = at::vec::Vectorized<acc_t>;
-  constexpr int64_t kLanes = Vec::size();
-  constexpr int kHigh = 4, kAcross = kTileRows > 6 ? 4 : 2;
-  for (int64_t i0 = 0; i0 < rows; i0 += kHigh) {
-    for (int64_t j0 = 0; j0 < cols; j0 += kAcross) {
-      // past the last row or column, it is the last once more
-      const acc_t *a[kHigh], *b[kAcross];
-      acc_t* to[kHigh][kAcross];
-      Vec dots[kHigh][kAcross];
-      for (int j = 0; j < kAcross; ++j) b[j] = right + std::min(j0 + j, cols - 1) * ld;
-#pragma GCC unroll 4
-      for (int i = 0; i < kHigh; ++i) {
-        const int64_t row = std::min(i0 + i, rows - 1);
-        a[i] = left + row * ld;
-#pragma GCC unroll 4
-        for (int j = 0; j < kAcross; ++j) {
-          to[i][j] = sums + (row * cols + std::min(j0 + j, cols - 1)) * kLanes;
-          dots[i][j] = Vec::loadu(to[i][j]);
-        }
-      }
-      const auto step = [&](int64_t k, const auto& load) {
-        Vec across[kAcross];
-#pragma GCC unroll 4
-        for (int j = 0; j < kAcross; ++j) across[j] = load(b[j] + k);
-#pragma GCC unroll 4
-        for (int i = 0; i < kHigh; ++i) {
-          const Vec high = load(a[i] + k);
-#pragma GCC unroll 4
-          for (int j = 0; j < kAcross; ++j) dots[i][j] = at::vec::fmadd(high, across[j], dots[i][j]);
-        }
-      };
-      int64_t k = 0;
-      for (; k + kLanes <= n; k += kLanes) step(k, [](const acc_t* v) { return Vec::loadu(v); });
-      if (k < n) step(k, [&](const acc_t* v) { return Vec::loadu(v, n - k); });
-#pragma GCC unroll 4
-      for (int i = 0; i < kHigh; ++i)
-#pragma GCC unroll 4
-        for (int j = 0; j < kAcross; ++j) dots[i][j].store(to[i][j]);
-    }
-  }
-}
-
 template <typename scalar_t, bool kPairs>
 struct KronBackward : Block<scalar_t, kPairs> {
   using acc_t = at::opmath_type<scalar_t>;
   static constexpr bool kStarts = true;
   // terms of dC's sum at a time, and in the sums of some runs: short ones keep a long one exact
-  static constexpr int64_t kDeep = 64, kKept = 4096;
-  // values of a dC that is so small that its own sums are kept in vectors
-  static constexpr int64_t kSmall = 1024;
+  static constexpr int64_t kDeep = 64;
+  static int64_t kept_terms(const Kron<acc_t>& f) {
+    return kDeep * (has_dots(f) ? kWidth<acc_t> : kDeep);
+  }
+  // values of a dC that is so small that each is summed in a vector
+  static constexpr int64_t kSmall = 512;
   const Kron<acc_t>& f;
   const scalar_t* x;
   // C times s
@@ -137,6 +95,11 @@ struct KronBackward : Block<scalar_t, kPairs> {
   static int64_t dc_size(const Kron<acc_t>& f) {
     return f.A * (has_dots(f) ? f.B * kWidth<acc_t> : padded<acc_t>(f.B));
   }
+  // [A, B] of sums in that layout
+  static at::Tensor dc_of(const Kron<acc_t>& f, const at::Tensor& sums) {
+    if (has_dots(f)) return sums.view({f.A, f.B, -1}).sum(-1);
+    return sums.view({f.A, -1}).narrow(1, 0, f.B);
+  }
   static int64_t dd_size(const Kron<acc_t>& f) {
     return f.R ? f.P * padded<acc_t>(f.R) + f.R * padded<acc_t>(f.Q) : f.P * padded<acc_t>(f.Q);
   }
@@ -149,8 +112,8 @@ struct KronBackward : Block<scalar_t, kPairs> {
       const int64_t run = std::min(most, rows - from);
       start_run(own_dc, own_dd, kept > 0, row + from, run, sums + from * ld, ld);
       kept += run;
-      if (kept * f.Q < kKept && from + run < rows) continue;
-      if (need_dc) add_dc(dc + slot * f.A * padded<acc_t>(f.B), own_dc);
+      if (kept * f.Q < kept_terms(f) && from + run < rows) continue;
+      if (need_dc) add_to(dc + slot * dc_size(f), own_dc, dc_size(f));
       if (need_dd) add_to(dd + slot * dd_size(f), own_dd, dd_size(f));
       kept = 0;
     }
@@ -241,16 +204,6 @@ struct KronBackward : Block<scalar_t, kPairs> {
         add_to(own_dc, some_dc, f.A * Bp);
       }
     }
-  }
-
-  // to[A, padded(B)] += the own sums
-  void add_dc(acc_t* to, const acc_t* from) const {
-    using Vec = at::vec::Vectorized<acc_t>;
-    if (!has_dots(f)) return add_to(to, from, dc_size(f));
-    for (int64_t a = 0; a < f.A; ++a)
-      for (int64_t b = 0; b < f.B; ++b, from += Vec::size())
-        to[a * padded<acc_t>(f.B) + b] += at::vec::vec_reduce_all<acc_t>(
-            [](Vec one, Vec two) { return one + two; }, Vec::loadu(from));
   }
 
   static void add_to(acc_t* to, const acc_t* from, int64_t n) {

@@ -170,11 +170,12 @@ SixTensors kron_linear_bwd_cpu(const at::Tensor& dy, const at::Tensor& x, const 
       std::tie(dc, dd) = *grads;
       return;
     }
-    const int64_t Bp = padded<acc_t>(f.B), Rp = padded<acc_t>(f.R);
-    const int64_t dd_size = KronBackward<scalar_t, false>::dd_size(f);
+    using Sums = KronBackward<scalar_t, false>;
+    const int64_t Rp = padded<acc_t>(f.R);
+    const int64_t dc_size = Sums::dc_size(f), dd_size = Sums::dd_size(f);
     const at::Tensor c = f.c * scale;
     Inner<acc_t> turned(f, true), straight(f, false);
-    at::Tensor parts_c = scratch<acc_t>(f.A * Bp, x.options()).zero_(),
+    at::Tensor parts_c = scratch<acc_t>(dc_size, x.options()).zero_(),
                parts_d = scratch<acc_t>(dd_size, x.options()).zero_();
     if (M > 0 && (needs[0] || need_dc || need_dd)) {
       with_pairs<scalar_t>(gain ? 1 : O, [&](auto pairs) {
@@ -182,7 +183,7 @@ SixTensors kron_linear_bwd_cpu(const at::Tensor& dy, const at::Tensor& x, const 
         const Rows rows(M, pairs.value ? O / 2 : O, sizeof(acc_t), M * O * I);
         const int64_t most = kron_run(f, rows), size = Op::size(f, most) + kSlack<acc_t>;
         at::Tensor room = scratch<acc_t>(rows.slots * size, x.options());
-        parts_c = scratch<acc_t>(rows.slots * f.A * Bp, x.options()).zero_();
+        parts_c = scratch<acc_t>(rows.slots * dc_size, x.options()).zero_();
         parts_d = scratch<acc_t>(rows.slots * dd_size, x.options()).zero_();
         Op op{{p}, f, data<scalar_t>(x), c.const_data_ptr<acc_t>(), turned, straight,
               needs[0], need_dc, need_dd, adds, room.mutable_data_ptr<acc_t>(),
@@ -199,7 +200,7 @@ SixTensors kron_linear_bwd_cpu(const at::Tensor& dy, const at::Tensor& x, const 
     const auto matrix = [](const at::Tensor& flat, int64_t rows, int64_t cols) {
       return flat.view({rows, padded<acc_t>(cols)}).narrow(1, 0, cols);
     };
-    dc = matrix(total(parts_c, f.A * Bp), f.A, f.B) * scale;
+    dc = Sums::dc_of(f, total(parts_c, dc_size)) * scale;
     const at::Tensor sum = total(parts_d, dd_size);
     if (f.R) {
       dd = {matrix(sum.narrow(0, 0, f.P * Rp), f.P, f.R),
