@@ -4,6 +4,8 @@
 
 #pragma once
 
+#include <atomic>
+
 #include "hada_tile.h"
 #include "outer_tiles.h"
 
@@ -106,9 +108,12 @@ template <typename scalar_t, typename Visit>
 void outer_tiles_by_torch(const Tiles& tiles, const at::Tensor& dy, const at::Tensor& x,
                           const Visit& visit) {
   const at::Tensor dy_MO = dy.view({-1, tiles.O}), x_MI = x.view({-1, tiles.I});
-  at::parallel_for(0, tiles.o_count * tiles.i_count, 1, [&](int64_t b, int64_t e) {
+  const int64_t count = tiles.o_count * tiles.i_count;
+  // a thread takes the next one when it is done: threads are seldom of one speed
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min<int64_t>(count, at::get_num_threads()), 1, [&](int64_t, int64_t) {
     const at::AutoDispatchBelowADInplaceOrView below;
-    for (int64_t tile = b; tile < e; ++tile) {
+    for (int64_t tile; (tile = next++) < count;) {
       const auto [o_tile, i_tile, o, i, rows, cols] = tiles.at(tile);
       const at::Tensor g = at::mm(dy_MO.narrow(1, o, rows).t(), x_MI.narrow(1, i, cols));
       visit(o_tile, i_tile, o, rows, i, cols, g.mutable_data_ptr<scalar_t>(), cols);

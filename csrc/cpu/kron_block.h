@@ -148,7 +148,8 @@ struct KronBackward : Block<scalar_t, kPairs> {
       dy = reinterpret_cast<const acc_t*>(this->p.a + row * O);
     } else {
       widen(wide, this->p.a + row * O, run * O);
-      for (int64_t i = 0; this->p.gain && i < run * O; ++i) wide[i] *= this->p.gain[i % O];
+      for (int64_t m = 0; this->p.gain && m < run; ++m)
+        for (int64_t o = 0; o < O; ++o) wide[m * O + o] *= this->p.gain[o];
     }
     if (need_dx || need_dc) {
       for (int64_t a = 0; a < f.A; ++a)
