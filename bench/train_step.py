@@ -219,7 +219,7 @@ def _build(name: str, unet: nn.Module, paths: list[str], algo: str, rank: int) -
 def _algorithm(algo: str, layer: nn.Module, rank: int) -> peers.Algorithm:
     if algo == "lokr":
         # -1 is all the libraries' default; D is whole where two factors of it were larger
-        (_, P), (_, Q) = (lokr_shapes.split(n, -1) for n in layer.weight.shape)
+        (_, P), (_, Q) = (lokr_shapes.split(n, -1) for n in layer.weight.shape[:2])
         return kron_linear.lokr(-1, whole=max(P, Q) <= 2 * rank)
     return {"lora": peers.LORA, "loha": hada_linear.LOHA}[algo]
 

@@ -85,14 +85,40 @@ def is_product(layer: nn.Module) -> bool:
     return one and layer.padding in ((0, 0), "same", "valid") and layer.groups == 1
 
 
+class _Turned(torch.autograd.Function):
+    """x [..., I, H, W] as rows [..., H, W, I], and its gradient in memory as x is."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.movedim(-3, -1).contiguous()
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> Tensor:
+        return dy.movedim(-1, -3).contiguous()
+
+
+def _is_last(x: Tensor) -> bool:
+    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return last and not x.is_contiguous()
+
+
 def pixels_last(layer: nn.Module, x: Tensor) -> Tensor:
     """x of a product as rows [..., I]; without a copy when it is in channels_last."""
-    return x if isinstance(layer, nn.Linear) else x.movedim(-3, -1)
+    if isinstance(layer, nn.Linear):
+        return x
+    return x.movedim(-3, -1) if _is_last(x) else _Turned.apply(x)
 
 
-def pixels_first(layer: nn.Module, y: Tensor) -> Tensor:
-    """The rows of a product in the layout of its output."""
-    return y if isinstance(layer, nn.Linear) else y.movedim(-1, -3)
+def pixels_first(layer: nn.Module, y: Tensor, x: Tensor) -> Tensor:
+    """The rows of a product in the layout of its output, in memory as x is.
+
+    Neither it nor a gradient may bring channels_last into a network that has none: there every
+    convolution that follows would turn its whole weight.
+    """
+    if isinstance(layer, nn.Linear):
+        return y
+    y = y.movedim(-1, -3)
+    return y if _is_last(x) else y.contiguous()
 
 
 def gradients(

@@ -162,4 +162,4 @@ class Update(Adapter):
         rows = layers.pixels_last(layer, x)
         f, weight = first.folded(x.dtype), weight.flatten(1)
         y = first.linear(rows, weight, bias, f, first.live_scale(), first.gain())
-        return layers.pixels_first(layer, y)
+        return layers.pixels_first(layer, y, x)
