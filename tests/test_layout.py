@@ -108,11 +108,13 @@ def test_no_file_is_too_long():
     too_long = []
     for path in files:
         limit = LIMIT
+        # a checkout may be called lorakern too
+        parts = path.relative_to(ROOT).parts
         if path in algorithms:
             limit = ADAPTER_LIMIT
-        elif "ops" in path.parts and "lorakern" in path.parts:
+        elif parts[:2] == ("lorakern", "ops"):
             limit = LIMITS.get(path.name, KERNEL_LIMIT)
-        elif "csrc" in path.parts:
+        elif parts[0] == "csrc":
             limit = KERNEL_LIMIT
         lines = len(path.read_text().splitlines())
         if lines > limit:
