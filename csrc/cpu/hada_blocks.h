@@ -11,56 +11,41 @@
 
 namespace lorakern {
 
-// both downs in whole panels, one panel behind the other
+// sum[rows, cols] = W + ΔW from o and i, the first column of a panel; rows so few that W is read and
+// sum written along them. right: of all panels.
 template <typename acc_t>
-struct HadaPanels {
-  const Hadamard<acc_t>& h;
-  std::vector<acc_t> right;
-  acc_t* second;
-
-  explicit HadaPanels(const Hadamard<acc_t>& h) : h(h) {
-    constexpr int64_t kWide = kPanel<acc_t>;
-    const int64_t all = (h.I + kWide - 1) / kWide * kWide;
-    right.resize(all * (h.first.R + h.second.R));
-    second = right.data() + all * h.first.R;
-    for (int64_t c = 0; c < h.I; c += kWide) {
-      const int64_t used = std::min(kWide, h.I - c);
-      for (const auto& [to, p] : {std::pair{right.data(), &h.first}, {second, &h.second}})
-        pack_rows(to + c * p->R, kWide, p->down + c, h.I, used, p->R);
-    }
+void add_hada(const Hadamard<acc_t>& h, const std::vector<HadaRight<acc_t>>& right, const acc_t* w,
+              int64_t o, int64_t rows, int64_t i, int64_t cols, acc_t* sum) {
+  using Vec = at::vec::Vectorized<acc_t>;
+  constexpr int64_t kWide = kPanel<acc_t>, kVec = kWidth<acc_t>;
+  for (int64_t c = 0; c < cols; c += kWide) {
+    const int64_t used = std::min(kWide, cols - c);
+    hada_rows<acc_t, false>(
+        h, o, rows, true, right[(i + c) / kWide],
+        [&](int64_t row, int64_t lane, Vec one, Vec two) {
+          const int64_t left = std::clamp<int64_t>(used - lane, 0, kVec);
+          const acc_t* const from = w + row * h.I + i + c + lane;
+          acc_t* const to = sum + (row - o) * cols + c + lane;
+          // the next panels of many rows, which are far apart
+          __builtin_prefetch(from + 2 * kWide);
+          const Vec update = Vec(h.scale) * one * two;
+          if (left == kVec) {
+            (Vec::loadu(from) + update).store(to);
+          } else {
+            (Vec::loadu(from, left) + update).store(to, left);
+          }
+        });
   }
-
-  // sum[rows, cols] = W + ΔW from o and i, the first column of a panel; rows so few that W is read
-  // and sum written along them
-  void add(const acc_t* w, int64_t o, int64_t rows, int64_t i, int64_t cols, acc_t* sum) const {
-    using Vec = at::vec::Vectorized<acc_t>;
-    constexpr int64_t kWide = kPanel<acc_t>, kVec = kWidth<acc_t>;
-    for (int64_t c = 0; c < cols; c += kWide) {
-      const int64_t used = std::min(kWide, cols - c);
-      hada_rows<acc_t, false>(
-          h, o, rows, true, right.data() + (i + c) * h.first.R, second + (i + c) * h.second.R,
-          [&](int64_t row, int64_t lane, Vec one, Vec two) {
-            const int64_t left = std::clamp<int64_t>(used - lane, 0, kVec);
-            const acc_t* const from = w + row * h.I + i + c + lane;
-            acc_t* const to = sum + (row - o) * cols + c + lane;
-            // the next panels of many rows, which are far apart
-            __builtin_prefetch(from + 2 * kWide);
-            const Vec update = Vec(h.scale) * one * two;
-            if (left == kVec) {
-              (Vec::loadu(from) + update).store(to);
-            } else {
-              (Vec::loadu(from, left) + update).store(to, left);
-            }
-          });
-    }
-  }
-};
+}
 
 // visit(first, count, block): rows or columns of W + ΔW
 template <typename acc_t, typename Visit>
 void hada_blocks(const Hadamard<acc_t>& h, const at::Tensor& w, bool of_rows, const Visit& visit) {
-  const HadaPanels<acc_t> panels(h);
-  const int64_t step = of_rows ? 1 : kPanel<acc_t>;
+  constexpr int64_t kWide = kPanel<acc_t>;
+  std::vector<HadaRight<acc_t>> right;
+  for (int64_t c = 0; c < h.I; c += kWide)
+    right.emplace_back(h, false, c, std::min(kWide, h.I - c), kWide);
+  const int64_t step = of_rows ? 1 : kWide;
   const int64_t all = of_rows ? h.O : h.I, across = of_rows ? h.I : h.O;
   const int64_t steps = (all + step - 1) / step;
   const int64_t fit = std::max<int64_t>(kRowsBytes / (across * sizeof(acc_t)) / step, 1);
@@ -73,9 +58,9 @@ void hada_blocks(const Hadamard<acc_t>& h, const at::Tensor& w, bool of_rows, co
     const int64_t rows = of_rows ? count : h.O, cols = of_rows ? h.I : count;
     at::parallel_for(0, (rows + kTileRows - 1) / kTileRows, 1, [&](int64_t b, int64_t e) {
       for (int64_t row = b * kTileRows; row < std::min(rows, e * kTileRows); row += kTileRows)
-        panels.add(w.const_data_ptr<acc_t>(), of_rows ? first + row : row,
-                   std::min<int64_t>(kTileRows, rows - row), of_rows ? 0 : first, cols,
-                   sums + row * cols);
+        add_hada(h, right, w.const_data_ptr<acc_t>(), of_rows ? first + row : row,
+                 std::min<int64_t>(kTileRows, rows - row), of_rows ? 0 : first, cols,
+                 sums + row * cols);
     });
     visit(first, count, room.narrow(0, 0, rows * cols).view({rows, cols}));
   }

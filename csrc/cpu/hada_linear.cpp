@@ -99,11 +99,11 @@ std::array<at::Tensor, 4> factor_gradients(const Update& update, const at::Tenso
   }
 #endif
   const auto h = update.wide<scalar_t>();
-  const bool torchs = by_torch(x, M, O, I, true);
-  const Tiles tiles = torchs ? torch_tiles(O, I) : Tiles(O, I);
+  const bool of_torch = by_torch(x, M, O, I, true);
+  const Tiles tiles = of_torch ? torch_tiles(O, I) : Tiles(O, I);
   const HadaGradients<acc_t> sums(h, tiles.o_count, tiles.i_count, gains);
   const auto add = [&](auto... tile) { sums.add(tile...); };
-  if (torchs) {
+  if (of_torch) {
     outer_tiles_by_torch<acc_t>(tiles, dy, x, add);
   } else {
     outer_tiles<scalar_t, kPairsOf<scalar_t>>(tiles, data<scalar_t>(dy), data<scalar_t>(x), M, add);

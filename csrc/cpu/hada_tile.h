@@ -67,35 +67,15 @@ inline void hada_tile(const Hadamard<acc_t>& h, int64_t row, const acc_t* first,
   }
 }
 
-// visit(row, lane, one, two): a vector of each product, of all rows of a panel whose right operands
-// are packed, from its column `lane`. transposed: rows are columns of the update, and the panel is of
-// its rows.
-template <typename acc_t, bool kTransposed, typename Visit>
-void hada_rows(const Hadamard<acc_t>& h, int64_t row, int64_t rows, bool wide, const acc_t* first,
-               const acc_t* second, const Visit& visit) {
-  const auto run = [&](auto height) {
-    wide ? hada_tile<acc_t, height, 2, kTransposed>(h, row, first, second, visit)
-         : hada_tile<acc_t, height, 1, kTransposed>(h, row, first, second, visit);
-    row += height;
-  };
-  const int64_t end = row + rows;
-  while (end - row >= kHadaRows) run(std::integral_constant<int, kHadaRows>{});
-  if ((end - row) & 4) run(std::integral_constant<int, 4>{});
-  if ((end - row) & 2) run(std::integral_constant<int, 2>{});
-  if ((end - row) & 1) run(std::integral_constant<int, 1>{});
-}
-
 // The right operands of a panel of `used` columns from `first` of both products, or of its rows.
 template <typename acc_t>
 struct HadaRight {
-  std::vector<acc_t> room;
-  const acc_t *first, *second;
+  std::vector<acc_t> panels;
+  int64_t size;
 
   HadaRight(const Hadamard<acc_t>& h, bool transposed, int64_t from, int64_t used, int64_t width)
-      : room((h.first.R + h.second.R) * width),
-        first(room.data()),
-        second(room.data() + h.first.R * width) {
-    acc_t* to = room.data();
+      : panels((h.first.R + h.second.R) * width), size(h.first.R * width) {
+    acc_t* to = panels.data();
     for (const Pair<acc_t>* p : {&h.first, &h.second}) {
       if (transposed) {
         pack_transposed(to, width, p->up + from * p->R, p->R, used, p->R);
@@ -105,7 +85,29 @@ struct HadaRight {
       to += p->R * width;
     }
   }
+  const acc_t* first() const { return panels.data(); }
+  const acc_t* second() const { return panels.data() + size; }
 };
+
+// visit(row, lane, one, two): a vector of each product, of all rows of a panel whose right operands
+// are packed, from its column `lane`. transposed: rows are columns of the update, and the panel is of
+// its rows.
+template <typename acc_t, bool kTransposed, typename Visit>
+void hada_rows(const Hadamard<acc_t>& h, int64_t row, int64_t rows, bool wide,
+               const HadaRight<acc_t>& right, const Visit& visit) {
+  const auto run = [&](auto height) {
+    wide ? hada_tile<acc_t, height, 2, kTransposed>(h, row, right.first(), right.second(), visit)
+         : hada_tile<acc_t, height, 1, kTransposed>(h, row, right.first(), right.second(), visit);
+    row += height;
+  };
+  const int64_t end = row + rows;
+  while (end - row >= kHadaRows) run(std::integral_constant<int, kHadaRows>{});
+  if constexpr (kHadaRows > 4) {
+    if ((end - row) & 4) run(std::integral_constant<int, 4>{});
+  }
+  if ((end - row) & 2) run(std::integral_constant<int, 2>{});
+  if ((end - row) & 1) run(std::integral_constant<int, 1>{});
+}
 
 // visit as that of hada_rows: all rows of a panel
 template <typename acc_t, typename Visit>
@@ -113,7 +115,7 @@ void hada_panel(const Hadamard<acc_t>& h, bool transposed, int64_t rows, int64_t
                 int64_t width, const Visit& visit) {
   const HadaRight<acc_t> right(h, transposed, from, used, width);
   const auto run = transposed ? hada_rows<acc_t, true, Visit> : hada_rows<acc_t, false, Visit>;
-  run(h, 0, rows, width == kPanel<acc_t>, right.first, right.second, visit);
+  run(h, 0, rows, width == kPanel<acc_t>, right, visit);
 }
 
 // The gradients of the four factors, in parts: one of an up for each run of columns, one of a down
@@ -159,7 +161,7 @@ struct HadaGradients {
         const int64_t some = std::min(kRows, o + rows - row);
         // the gradient of one product is that of the update times the other
         hada_rows<acc_t, false>(
-            h, row, some, width == kWide, right.first, right.second,
+            h, row, some, width == kWide, right,
             [&](int64_t at, int64_t lane, Vec one, Vec two) {
               const int64_t left = std::clamp<int64_t>(used - lane, 0, kWidth<acc_t>);
               const acc_t* const from = g + (at - o) * ld + c + lane;

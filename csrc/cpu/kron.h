@@ -69,26 +69,24 @@ struct Panels {
   // transposed: src is [cols, k]
   Panels(const acc_t* src, bool transposed, int64_t k, int64_t cols) : k(k), cols(cols) {
     data.resize(k * padded<acc_t>(cols));
-    each([&](int64_t first, int64_t width, acc_t* panel) {
-      pack_panel<false>(panel, src, transposed, k, cols, first, width);
-    });
-  }
-  template <typename Visit>
-  void each(const Visit& visit) {
     for (int64_t c = 0; c < cols; c += kPanel<acc_t>)
-      visit(c, cols - c > kWidth<acc_t> ? kPanel<acc_t> : kWidth<acc_t>, data.data() + c * k);
+      pack_panel<false>(data.data() + c * k, src, transposed, k, cols, c, width(c));
+  }
+  // of the panel from a column
+  int64_t width(int64_t c) const {
+    return cols - c > kWidth<acc_t> ? kPanel<acc_t> : kWidth<acc_t>;
   }
   // out[rows, cols] = a[rows, k] times it, and kSlack lanes behind, which are written: the last
   // columns go first, and what a row's panel has beyond them the next row overwrites. Not so where
   // sums are in runs, each upon those before: then by room, rows of a panel.
   void multiply(acc_t* out, const acc_t* a, int64_t lda, int64_t rows, acc_t* room) const {
     for (int64_t c = (cols - 1) / kPanel<acc_t> * kPanel<acc_t>; c >= 0; c -= kPanel<acc_t>) {
-      const int64_t width = cols - c > kWidth<acc_t> ? kPanel<acc_t> : kWidth<acc_t>;
-      const bool fits = cols - c >= width || k <= kRun<acc_t>;
-      multiply_panel<acc_t, false, false>(fits ? out + c : room, fits ? cols : width, false, rows,
-                                          width == kPanel<acc_t>,
-                                          {a, lda, data.data() + c * k, width, k});
-      if (!fits) put_matrix(out + c, cols, false, room, width, rows, cols - c);
+      const int64_t across = width(c);
+      const bool fits = cols - c >= across || k <= kRun<acc_t>;
+      multiply_panel<acc_t, false, false>(fits ? out + c : room, fits ? cols : across, false, rows,
+                                          across == kPanel<acc_t>,
+                                          {a, lda, data.data() + c * k, across, k});
+      if (!fits) put_matrix(out + c, cols, false, room, across, rows, cols - c);
     }
   }
 };

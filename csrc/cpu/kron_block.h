@@ -80,7 +80,9 @@ struct KronBackward : Block<scalar_t, kPairs> {
   const scalar_t* x;
   // C times s
   const acc_t* scaled;
-  Inner<acc_t>&turned, &straight;
+  Inner<acc_t>& straight;
+  // the first step of Dᵀ, where D is of a low rank
+  const Panels<acc_t>* turned_down;
   bool need_dx, need_dc, need_dd, adds;
   // dd is dD, or dd_up and dd_down one after the other
   acc_t *room, *dc, *dd;
@@ -172,7 +174,7 @@ struct KronBackward : Block<scalar_t, kPairs> {
       const acc_t *dy_a = dy + a * f.P, *v_a = v + a * ldn;
       if (f.R) {
         // dd_up += dYᵀ (V downᵀ), dd_down += (dY up)ᵀ V
-        turned.steps[0].multiply(t, v_a, f.Q, run, part);
+        turned_down->multiply(t, v_a, f.Q, run, part);
         multiply_all<true>(own_dd, Rp, dy_a, O, f.P, t, f.R, run, f.R, adds_up);
         multiply_all<true>(own_dd + f.P * Rp, Qp, u + a * run * f.R, f.R, f.R, v_a, f.Q, run, f.Q,
                            adds_up);

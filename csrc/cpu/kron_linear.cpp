@@ -174,7 +174,9 @@ SixTensors kron_linear_bwd_cpu(const at::Tensor& dy, const at::Tensor& x, const 
     const int64_t Rp = padded<acc_t>(f.R);
     const int64_t dc_size = Sums::dc_size(f), dd_size = Sums::dd_size(f);
     const at::Tensor c = f.c * scale;
-    Inner<acc_t> turned(f, true), straight(f, false);
+    Inner<acc_t> straight(f, false);
+    std::optional<Panels<acc_t>> turned_down;
+    if (f.R) turned_down.emplace(f.d_down.const_data_ptr<acc_t>(), true, f.Q, f.R);
     at::Tensor parts_c = scratch<acc_t>(dc_size, x.options()).zero_(),
                parts_d = scratch<acc_t>(dd_size, x.options()).zero_();
     if (M > 0 && (needs[0] || need_dc || need_dd)) {
@@ -185,7 +187,8 @@ SixTensors kron_linear_bwd_cpu(const at::Tensor& dy, const at::Tensor& x, const 
         at::Tensor room = scratch<acc_t>(rows.slots * size, x.options());
         parts_c = scratch<acc_t>(rows.slots * dc_size, x.options()).zero_();
         parts_d = scratch<acc_t>(rows.slots * dd_size, x.options()).zero_();
-        Op op{{p}, f, data<scalar_t>(x), c.const_data_ptr<acc_t>(), turned, straight,
+        Op op{{p}, f, data<scalar_t>(x), c.const_data_ptr<acc_t>(), straight,
+              turned_down ? &*turned_down : nullptr,
               needs[0], need_dc, need_dd, adds, room.mutable_data_ptr<acc_t>(),
               parts_c.mutable_data_ptr<acc_t>(), parts_d.mutable_data_ptr<acc_t>(), size, most};
         run_kron(op, rows);

@@ -104,7 +104,7 @@ inline void torch_product(const at::Tensor& out, const at::Tensor& a, const at::
   }
 }
 
-// bytes of the rows of a changed weight that are made at a time, and go through L3
+// bytes of a changed weight that are made at a time, and go through L3
 constexpr int64_t kRowsBytes = 4 << 20;
 
 // out = (gain ∘ a) W, with a gain of the rows of W: on a where that is the smaller one
