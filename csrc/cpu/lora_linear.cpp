@@ -36,6 +36,25 @@ struct Forward : Block<scalar_t, kPairs> {
   }
 };
 
+// The sums of Forward once more, from the h that was kept, or from x where that has 16 bits.
+template <typename scalar_t, bool kPairs>
+struct Again : Forward<scalar_t, kPairs> {
+  using Base = Forward<scalar_t, kPairs>;
+  using acc_t = at::opmath_type<scalar_t>;
+  static constexpr bool kKept = std::is_same_v<scalar_t, acc_t>;
+  const scalar_t* kept;
+
+  int64_t shrinks() const { return kKept ? 0 : Base::shrinks(); }
+  void shrink(acc_t* t, const acc_t* a, const acc_t* shrink, int64_t row, int64_t rows) const {
+    if (!kKept) return Base::shrink(t, a, shrink, row, rows);
+    const int64_t R = this->p.R, Rp = padded<acc_t>(R);
+    for (int64_t i = 0; i < rows; ++i) {
+      widen(t + i * Rp, kept + (row + i) * R, R);
+      std::fill(t + i * Rp + R, t + (i + 1) * Rp, acc_t(0));
+    }
+  }
+};
+
 // dx = dy W + scale · t E, t = dy up, and the gradients of the factors. A gain is in the rows of W
 // and up; in pairs, each of these is then the sum of two bfloat16 parts.
 template <typename scalar_t, bool kPairs>
@@ -165,7 +184,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_bwd_cpu(
     if (needs[3]) {
       const auto p = forward_product<scalar_t>(x, w, {}, d, u, {}, {});
       with_pairs<scalar_t>(I, [&](auto pairs) {
-        gain_gradient(Forward<scalar_t, pairs.value>{{p}, scale, nullptr}, data<scalar_t>(dy),
+        gain_gradient(Again<scalar_t, pairs.value>{{{p}, scale, nullptr}, data<scalar_t>(h)},
+                      data<scalar_t>(dy),
                       dgain.mutable_data_ptr<at::opmath_type<scalar_t>>());
       });
     }
