@@ -27,7 +27,7 @@ void add_dots(acc_t* sums, const acc_t* left, int64_t rows, const acc_t* right, 
 #pragma GCC unroll 4
         for (int j = 0; j < kAcross; ++j) {
           to[i][j] = sums + (row * cols + std::min(j0 + j, cols - 1)) * kLanes;
-          dots[i][j] = Vec::loadu(to[i][j]);
+          dots[i][j] = Vec(acc_t(0));
         }
       }
       const auto step = [&](int64_t k, const auto& load) {
@@ -44,6 +44,11 @@ void add_dots(acc_t* sums, const acc_t* left, int64_t rows, const acc_t* right, 
       int64_t k = 0;
       for (; k + kLanes <= n; k += kLanes) step(k, [](const acc_t* v) { return Vec::loadu(v); });
       if (k < n) step(k, [&](const acc_t* v) { return Vec::loadu(v, n - k); });
+      // all are read before one is written: the last may be there more than once
+#pragma GCC unroll 4
+      for (int i = 0; i < kHigh; ++i)
+#pragma GCC unroll 4
+        for (int j = 0; j < kAcross; ++j) dots[i][j] = dots[i][j] + Vec::loadu(to[i][j]);
 #pragma GCC unroll 4
       for (int i = 0; i < kHigh; ++i)
 #pragma GCC unroll 4
