@@ -37,7 +37,7 @@ void check(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& c_up
 // product takes longer than a call of it.
 bool adds_to_torch(const at::Tensor& a, int64_t M, int64_t K, int64_t N, bool backward) {
 #if defined(LORAKERN_AMX)
-  if (is_wide(a) && M * K * N >= 1 << 24) return true;
+  if (a.scalar_type() == at::kFloat && M * K * N >= 1 << 24) return true;
 #endif
   return by_torch(a, M, K, N, backward);
 }

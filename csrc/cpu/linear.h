@@ -72,21 +72,18 @@ LowRank<scalar_t> forward_product(const at::Tensor& x, const at::Tensor& weight,
           data_or_null<at::opmath_type<scalar_t>>(gain)};
 }
 
-// whether a result is as wide as a sum
-inline bool is_wide(const at::Tensor& x) {
-  return x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble;
-}
-
 // Whether the base product a W is torch's and the update is added in place, of M rows of a and a
-// weight of K · N values. Only where a sum is as wide as a result, so that nothing is rounded in
-// between. Few rows do not repay packing a large weight, and in backward, where torch packs it too,
-// half as many. On cores with AMX, which are Intel's, torch's product is the faster one unless the
-// weight is small, of at most 256 x 256, or somewhat more where a core keeps all of a at hand.
+// weight of K · N values. Only in float32, where nothing is rounded in between; float64 is ours, for
+// there torch starts the sum from the bias on some cores, which doubles the error. Few rows do not
+// repay packing a large weight, and in backward, where torch packs it too, half as many. On cores with
+// AMX, which are Intel's, torch's product is the faster one unless the weight is small, of at most
+// 256 x 256, or somewhat more where a core keeps all of a at hand.
 inline bool by_torch(const at::Tensor& a, int64_t M, int64_t K, int64_t N, bool backward) {
+  if (a.scalar_type() != at::kFloat) return false;
 #if defined(LORAKERN_AMX)
-  return is_wide(a) && K * N >= (M * K * a.element_size() > kFewBytes ? 3 << 15 : 1 << 17);
+  return K * N >= (M * K * a.element_size() > kFewBytes ? 3 << 15 : 1 << 17);
 #else
-  return is_wide(a) && M <= (backward ? 128 : 256) && K * N >= 1 << 19;
+  return M <= (backward ? 128 : 256) && K * N >= 1 << 19;
 #endif
 }
 

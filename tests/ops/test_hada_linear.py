@@ -87,7 +87,7 @@ def test_every_backward_kernel_matches(shape, dtype, device):
 
 
 @pytest.mark.parametrize("needs", list(itertools.product([True, False], repeat=6))[1::9], ids=name)
-@pytest.mark.parametrize("shape", [((21,), 24, 40, 2, 1), ((21,), 24, 16, 9, 9)], ids=name)
+@pytest.mark.parametrize("shape", [((21,), 24, 40, 2, 1), ((21,), 24, 40, 9, 9)], ids=name)
 def test_every_backward_kernel_computes_what_is_wanted(shape, needs, device):
     args = inputs(shape, torch.float32, device, gain=True)
     check_every_kernel("hada_linear_bwd", backward_inputs(args, needs))
