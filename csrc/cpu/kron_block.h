@@ -191,6 +191,7 @@ struct KronBackward : Block<scalar_t, kPairs> {
     const int64_t Bp = padded<acc_t>(f.B);
     if (has_dots(f)) {
       if (!more) std::fill(own_dc, own_dc + dc_size(f), acc_t(0));
+      // kDeep terms a lane at a time
       constexpr int64_t kTerms = kDeep * kWidth<acc_t>;
       for (int64_t k = 0; k < n; k += kTerms)
         add_dots(own_dc, z + k, f.A, xs + k, f.B, ldn, std::min(kTerms, n - k));

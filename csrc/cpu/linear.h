@@ -74,8 +74,8 @@ LowRank<scalar_t> forward_product(const at::Tensor& x, const at::Tensor& weight,
 
 // Whether the base product a W is torch's and the update is added in place, of M rows of a and a
 // weight of K · N values. Only in float32, where nothing is rounded in between; float64 is ours, for
-// there torch starts the sum from the bias on some cores, which doubles the error. Few rows do not
-// repay packing a large weight, and in backward, where torch packs it too, half as many. On cores with
+// there torch starts the sum from the bias on some cores, with up to 1.75 times the error. Few rows do
+// not repay packing a large weight, and in backward, where torch packs it too, half as many. On cores with
 // AMX, which are Intel's, torch's product is the faster one unless the weight is small, of at most
 // 256 x 256, or somewhat more where a core keeps all of a at hand.
 inline bool by_torch(const at::Tensor& a, int64_t M, int64_t K, int64_t N, bool backward) {
@@ -123,7 +123,7 @@ inline void torch_product_of_gained(const at::Tensor& out, const at::Tensor& a, 
 // block_product, or the update alone where torch_product was before
 template <typename Op>
 void run_product(Op& op, const Rows& rows, bool adds) {
-  if constexpr (std::is_same_v<typename Op::scalar_t, typename Op::acc_t>) {
+  if constexpr (std::is_same_v<typename Op::scalar_t, float>) {
     if (adds) return add_update(op, rows);
   }
   block_product(op, rows);

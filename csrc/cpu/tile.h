@@ -181,7 +181,8 @@ void multiply_panel(acc_t* c, int64_t ldc, bool add, int64_t rows, bool wide, Te
   static constexpr auto kNarrow = tiles_of<acc_t, 1, kPairs, kColumnMajor>(Heights{});
   static constexpr auto kWide = tiles_of<acc_t, 2, kPairs, kColumnMajor>(Heights{});
   const int64_t count = (rows + kTileRows - 1) / kTileRows;
-  const int64_t runs = std::max<int64_t>(1, (first.k + kRun<acc_t, kPairs> - 1) / kRun<acc_t, kPairs>);
+  constexpr int64_t kMost = kRun<acc_t, kPairs>;
+  const int64_t runs = std::max<int64_t>(1, (first.k + kMost - 1) / kMost);
   const int64_t length = (first.k + runs - 1) / runs;
   for (int64_t run = 0; run < runs; ++run) {
     const int64_t from = run * length;
