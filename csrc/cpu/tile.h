@@ -184,12 +184,14 @@ void multiply_panel(acc_t* c, int64_t ldc, bool add, int64_t rows, bool wide, Te
   constexpr int64_t kMost = kRun<acc_t, kPairs>;
   const int64_t runs = std::max<int64_t>(1, (first.k + kMost - 1) / kMost);
   const int64_t length = (first.k + runs - 1) / runs;
-  for (int64_t run = 0; run < runs; ++run) {
+  // a long update is a run of its own, or each of its terms would round the whole sum
+  const bool apart = second.k > std::min(kNarrowRun, first.k);
+  for (int64_t run = 0; run < runs + apart; ++run) {
     const int64_t from = run * length;
-    const bool last = run + 1 == runs;
     Term<acc_t> part{first.a + (kColumnMajor ? from * first.lda : from), first.lda,
-                     first.b + from * first.ldb, first.ldb, last ? first.k - from : length};
-    Term<acc_t> extra = last ? second : Term<acc_t>{};
+                     first.b + from * first.ldb, first.ldb, std::min(length, first.k - from)};
+    Term<acc_t> extra = run + 1 == runs && !apart ? second : Term<acc_t>{};
+    if (run == runs) part = second;
     for (int64_t t = 0, row = 0; t < count; ++t) {
       const int64_t height = rows / count + (t < rows % count);
       (wide ? kWide : kNarrow)[height - 1](c + row * ldc, ldc, add || run > 0, part, extra);
