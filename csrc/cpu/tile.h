@@ -181,25 +181,30 @@ void multiply_panel(acc_t* c, int64_t ldc, bool add, int64_t rows, bool wide, Te
   static constexpr auto kNarrow = tiles_of<acc_t, 1, kPairs, kColumnMajor>(Heights{});
   static constexpr auto kWide = tiles_of<acc_t, 2, kPairs, kColumnMajor>(Heights{});
   const int64_t count = (rows + kTileRows - 1) / kTileRows;
-  constexpr int64_t kMost = kRun<acc_t, kPairs>;
-  const int64_t runs = std::max<int64_t>(1, (first.k + kMost - 1) / kMost);
-  const int64_t length = (first.k + runs - 1) / runs;
-  // a long update is a run of its own, or each of its terms would round the whole sum
-  const bool apart = second.k > std::min(kNarrowRun, first.k);
-  for (int64_t run = 0; run < runs + apart; ++run) {
-    const int64_t from = run * length;
-    Term<acc_t> part{first.a + (kColumnMajor ? from * first.lda : from), first.lda,
-                     first.b + from * first.ldb, first.ldb, std::min(length, first.k - from)};
-    Term<acc_t> extra = run + 1 == runs && !apart ? second : Term<acc_t>{};
-    if (run == runs) part = second;
+  const auto run = [&](Term<acc_t> part, Term<acc_t> extra) {
     for (int64_t t = 0, row = 0; t < count; ++t) {
       const int64_t height = rows / count + (t < rows % count);
-      (wide ? kWide : kNarrow)[height - 1](c + row * ldc, ldc, add || run > 0, part, extra);
+      (wide ? kWide : kNarrow)[height - 1](c + row * ldc, ldc, add, part, extra);
       row += height;
       part.a += kColumnMajor ? height : height * part.lda;
       extra.a += kColumnMajor ? height : height * extra.lda;
     }
-  }
+    add = true;
+  };
+  // one row is plain torch's dot product, whose lanes are short runs
+  const int64_t most = rows == 1 ? kNarrowRun : kRun<acc_t, kPairs>;
+  const auto in_runs = [&](const Term<acc_t>& term, const Term<acc_t>& extra) {
+    const int64_t runs = std::max<int64_t>(1, (term.k + most - 1) / most);
+    const int64_t length = (term.k + runs - 1) / runs;
+    for (int64_t i = 0, from = 0; i < runs; ++i, from += length)
+      run({term.a + (kColumnMajor ? from * term.lda : from), term.lda, term.b + from * term.ldb,
+           term.ldb, std::min(length, term.k - from)},
+          i + 1 == runs ? extra : Term<acc_t>{});
+  };
+  // a long update has runs of its own, or each of its terms would round the whole sum
+  const bool apart = second.k > std::min(kNarrowRun, first.k);
+  in_runs(first, apart ? Term<acc_t>{} : second);
+  if (apart) in_runs(second, {});
 }
 
 }  // namespace lorakern
