@@ -36,9 +36,7 @@ void check(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& c_up
 // Whether the base product is torch's: where that suits LoRA too, and on Intel's cores wherever a
 // product takes longer than a call of it.
 bool adds_to_torch(const at::Tensor& a, int64_t M, int64_t K, int64_t N, bool backward) {
-#if defined(LORAKERN_AMX)
-  if (a.scalar_type() == at::kFloat && M * K * N >= 1 << 24) return true;
-#endif
+  if (a.scalar_type() == at::kFloat && fast_torch() && M * K * N >= 1 << 24) return true;
   return by_torch(a, M, K, N, backward);
 }
 

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <ATen/Context.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/mm.h>
@@ -72,19 +73,26 @@ LowRank<scalar_t> forward_product(const at::Tensor& x, const at::Tensor& weight,
           data_or_null<at::opmath_type<scalar_t>>(gain)};
 }
 
+// Whether torch multiplies float32 by MKL on Intel's cores, where MKL is at its best.
+inline bool fast_torch() {
+#if defined(__x86_64__)
+  static const bool intel = at::hasMKL() && __builtin_cpu_is("intel");
+  return intel;
+#else
+  return false;
+#endif
+}
+
 // Whether the base product a W is torch's and the update is added in place, of M rows of a and a
 // weight of K · N values. Only in float32, where nothing is rounded in between; float64 is ours, for
 // there torch starts the sum from the bias on some cores, with up to 1.75 times the error. Few rows do
-// not repay packing a large weight, and in backward, where torch packs it too, half as many. On cores with
-// AMX, which are Intel's, torch's product is the faster one unless the weight is small, of at most
-// 256 x 256, or somewhat more where a core keeps all of a at hand.
+// not repay packing a large weight, and in backward, where torch packs it too, half as many. On Intel's
+// cores torch's product is the faster one unless the weight is small, of at most 256 x 256, or somewhat
+// more where a core keeps all of a at hand.
 inline bool by_torch(const at::Tensor& a, int64_t M, int64_t K, int64_t N, bool backward) {
   if (a.scalar_type() != at::kFloat) return false;
-#if defined(LORAKERN_AMX)
-  return K * N >= (M * K * a.element_size() > kFewBytes ? 3 << 15 : 1 << 17);
-#else
+  if (fast_torch()) return K * N >= (M * K * a.element_size() > kFewBytes ? 3 << 15 : 1 << 17);
   return M <= (backward ? 128 : 256) && K * N >= 1 << 19;
-#endif
 }
 
 // out = a W, or a W + bias, or out + a W
