@@ -1,6 +1,7 @@
 """The command `lorakern`: each sub-command is a function, and imports what it needs when run."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ ABOUT = {
 
 
 def main(words: list[str] | None = None) -> int:
-    """Run a sub-command; returns the exit code: 0, 2 for bad input, 128 + n after signal n."""
+    """Run a sub-command; returns the exit code: 0, 2 for bad input, 128 + n for signal n."""
     words = sys.argv[1:] if words is None else list(words)
     name = words[0] if words else "--help"
     if name in ("-h", "--help"):
@@ -45,7 +46,13 @@ def main(words: list[str] | None = None) -> int:
 def _told(name: str, words: list[str]) -> int:
     """The command, with expected errors as one line on stderr."""
     try:
-        return COMMANDS[name](words)
+        code = COMMANDS[name](words)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # the reader of stdout has gone, as head does; nor is the rest of it for anyone at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package == "lorakern":

@@ -330,3 +330,12 @@ def test_start_is_quick_and_missing_packages_are_named(tmp_path):
     done = run(["train", "--model", "m"])
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].endswith("not installed: pip install 'lorakern[train]'")
+
+
+def test_a_reader_that_has_gone_is_no_error():
+    words = [sys.executable, "-c", "import sys; from lorakern.cli import main; sys.exit(main())"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([*words, "why"], text=True, **pipes) as run:
+        run.stdout.close()
+        said = run.stderr.read()
+    assert (said, run.returncode) == ("", 141)
