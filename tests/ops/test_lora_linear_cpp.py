@@ -62,6 +62,27 @@ def test_a_long_sum_is_in_runs_as_short_as_those_of_plain_torch(depth):
     assert error <= 1.25 * torch_error
 
 
+@pytest.mark.parametrize("gains", [False, True])
+@pytest.mark.parametrize("shape", [(1, 96, 512, 64), (129, 129, 33, 1024)], ids=str)
+def test_neither_one_row_nor_a_long_update_sums_more_than_plain_torch_in_a_chain(shape, gains):
+    dy, x, weight, bias, down, up = make(*shape)
+    gain = 1 + bias / 5 if gains else None
+    args, needs = (x, weight, None, down, up, 0.7, gain), [True, False, False, False]
+
+    def both(args, dy, forward, backward):
+        y, h = forward(*args)
+        x, weight, _, *rest = args
+        return y, backward(dy, x, h, weight, *rest, needs)[0]
+
+    same = both(args, dy, reference.lora_linear_fwd, reference.lora_linear_bwd)
+    exact = [t.double() if isinstance(t, torch.Tensor) else t for t in args]
+    exact = both(exact, dy.double(), reference.lora_linear_fwd, reference.lora_linear_bwd)
+    got = both(args, dy, native.lora_linear_fwd_cpu, native.lora_linear_bwd_cpu)
+    for ours, torchs, truth in zip(got, same, exact, strict=True):
+        error, torch_error = ((t - truth).square().mean().sqrt() for t in (ours, torchs))
+        assert error <= 1.5 * torch_error
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("more", [1e-3, 1e-2])
 def test_a_gain_near_1_is_felt_in_every_gradient(more, dtype):
