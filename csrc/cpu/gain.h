@@ -31,9 +31,9 @@ struct GainGradient : Forward {
     acc_t* const part = parts + slot * this->p.N + col;
     acc_t wide[kPanel<acc_t>];
     // short runs of a long sum keep it exact
-    for (int64_t from = 0; from < rows; from += kNarrowRun) {
+    for (int64_t from = 0; from < rows; from += kShortRun) {
       acc_t run[kPanel<acc_t>] = {};
-      for (int64_t i = from; i < std::min(rows, from + kNarrowRun); ++i) {
+      for (int64_t i = from; i < std::min(rows, from + kShortRun); ++i) {
         widen(wide, dy + (row + i) * this->p.N + col, used);
         for (int64_t j = 0; j < used; ++j) run[j] += wide[j] * sums[i * ld + j];
       }
@@ -67,7 +67,7 @@ bool gain_gradient(const scalar_t* y, const scalar_t* bias, const acc_t* gain, c
   // columns whose sums and values are at hand together
   constexpr int64_t kSome = 256;
   const int64_t threads = M * O < kSerial ? 1 : at::get_num_threads();
-  const int64_t slots = std::clamp<int64_t>((M + kNarrowRun - 1) / kNarrowRun, 1, threads);
+  const int64_t slots = std::clamp<int64_t>((M + kShortRun - 1) / kShortRun, 1, threads);
   std::vector<acc_t> wide_bias(O);
   if (bias) widen(wide_bias.data(), bias, O);
   // of a slot: sums of dy · a, a² and y², where a = y - bias
@@ -76,11 +76,11 @@ bool gain_gradient(const scalar_t* y, const scalar_t* bias, const acc_t* gain, c
     for (int64_t slot = b; slot < e; ++slot) {
       acc_t* const part = parts.data() + slot * 3 * O;
       const int64_t end = (slot + 1) * M / slots;
-      for (int64_t from = slot * M / slots; from < end; from += kNarrowRun)
+      for (int64_t from = slot * M / slots; from < end; from += kShortRun)
         for (int64_t o = 0; o < O; o += kSome) {
           const int64_t some = std::min(kSome, O - o);
           acc_t run[3][kSome] = {}, own[kSome], other[kSome];
-          for (int64_t m = from; m < std::min(end, from + kNarrowRun); ++m) {
+          for (int64_t m = from; m < std::min(end, from + kShortRun); ++m) {
             widen(own, y + m * O + o, some);
             widen(other, dy + m * O + o, some);
             for (int64_t i = 0; i < some; ++i) {

@@ -77,9 +77,10 @@ struct Term {
 // in float32 they are as short as plain torch's on AMD's cores, half as long as on Intel's.
 template <typename acc_t, bool kPairs = false>
 constexpr int64_t kRun = kPairs ? 384 : sizeof(acc_t) == 4 ? 192 : 256;
-// A narrow panel is the down product of a small rank, whose error the up product spreads: there plain
-// torch has short runs too.
-constexpr int64_t kNarrowRun = 16;
+// Where plain torch has short runs too: in a narrow panel, which is the down product of a small rank
+// whose error the up product spreads, and in a product of one row. Also the longest update that is
+// summed onto a product's own run.
+constexpr int64_t kShortRun = 16;
 
 template <bool kPairs, typename acc_t>
 inline at::vec::Vectorized<acc_t> multiply_add(at::vec::Vectorized<acc_t> a,
@@ -121,12 +122,12 @@ inline void accumulate(at::vec::Vectorized<acc_t> (&sums)[kRows][kVecs], const T
 template <typename acc_t, int kRows, bool kPairs, bool kColumnMajor>
 inline void accumulate_runs(at::vec::Vectorized<acc_t> (&sums)[kRows][1], const Term<acc_t>& term) {
   using Vec = at::vec::Vectorized<acc_t>;
-  for (int64_t k = 0; k < term.k; k += kNarrowRun) {
+  for (int64_t k = 0; k < term.k; k += kShortRun) {
     Vec run[kRows][1];
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) run[i][0] = Vec(acc_t(0));
     const Term<acc_t> part{term.a + (kColumnMajor ? k * term.lda : k), term.lda,
-                           term.b + k * term.ldb, term.ldb, std::min(kNarrowRun, term.k - k)};
+                           term.b + k * term.ldb, term.ldb, std::min(kShortRun, term.k - k)};
     accumulate<acc_t, kRows, 1, kPairs, kColumnMajor>(run, part);
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) sums[i][0] = sums[i][0] + run[i][0];
@@ -192,7 +193,7 @@ void multiply_panel(acc_t* c, int64_t ldc, bool add, int64_t rows, bool wide, Te
     add = true;
   };
   // one row is plain torch's dot product, whose lanes are short runs
-  const int64_t most = rows == 1 ? kNarrowRun : kRun<acc_t, kPairs>;
+  const int64_t most = rows == 1 ? kShortRun : kRun<acc_t, kPairs>;
   const auto in_runs = [&](const Term<acc_t>& term, const Term<acc_t>& extra) {
     const int64_t runs = std::max<int64_t>(1, (term.k + most - 1) / most);
     const int64_t length = (term.k + runs - 1) / runs;
@@ -202,7 +203,7 @@ void multiply_panel(acc_t* c, int64_t ldc, bool add, int64_t rows, bool wide, Te
           i + 1 == runs ? extra : Term<acc_t>{});
   };
   // a long update has runs of its own, or each of its terms would round the whole sum
-  const bool apart = second.k > std::min(kNarrowRun, first.k);
+  const bool apart = second.k > std::min(kShortRun, first.k);
   in_runs(first, apart ? Term<acc_t>{} : second);
   if (apart) in_runs(second, {});
 }
