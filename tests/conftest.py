@@ -39,10 +39,15 @@ def device(request):
 
 @pytest.fixture(scope="session")
 def cuda_host(tmp_path_factory):
-    """The CUDA launchers on the host, compiled once a session."""
+    """The CUDA launchers on the host, compiled once a session by the process that is first."""
     import cuda_aot
+    import filelock
 
-    return cuda_aot.host_library(tmp_path_factory.mktemp("cuda_host"))
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    with filelock.FileLock(folder / "cuda_host.lock"):
+        return cuda_aot.host_library(folder)
 
 
 @pytest.fixture(autouse=True)

@@ -48,7 +48,13 @@ def host_compile(source: Path, library: Path, *flags: str) -> ctypes.CDLL:
 
 
 def host_library(folder: Path) -> ctypes.CDLL:
-    """The launchers on the host, registered as torch.ops.lorakern_host.<launcher>."""
+    """The launchers on the host, registered as torch.ops.lorakern_host.<launcher>.
+
+    Compiled where the folder does not have them.
+    """
+    library = folder / "launchers.so"
+    if library.exists():
+        return ctypes.CDLL(str(library))
     launchers = sorted((ROOT / "csrc/cuda").glob("*.cu"))
     source = folder / "launchers.cpp"
     # one file, so that torch's headers are read once
@@ -57,7 +63,7 @@ def host_library(folder: Path) -> ctypes.CDLL:
     torch_library = Path(torch.__file__).parent / "lib"
     return host_compile(
         source,
-        folder / "launchers.so",
+        library,
         "-Dlorakern_native=lorakern_host",
         f"-DLORAKERN_BLOCKS={BLOCKS}",
         *headers,
