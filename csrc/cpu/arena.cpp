@@ -27,7 +27,7 @@ using OptionalTensor = std::optional<at::Tensor>;
 using Vec = at::vec::Vectorized<float>;
 
 // elements that a thread takes at a time, and that are summed in float32
-constexpr int64_t kPiece = 16384, kRun = 1024;
+constexpr int64_t kPiece = 16384, kChunk = 1024;
 
 // Neighbouring elements of one factor; grad is null where there is none
 struct Piece {
@@ -68,8 +68,8 @@ Vec load(const float* from, int64_t count) {
 
 double sum_of_squares(const float* x, int64_t size) {
   double sum = 0;
-  for (int64_t run = 0; run < size; run += kRun) {
-    const int64_t end = std::min(size, run + kRun);
+  for (int64_t run = 0; run < size; run += kChunk) {
+    const int64_t end = std::min(size, run + kChunk);
     Vec sums[4] = {Vec(0), Vec(0), Vec(0), Vec(0)};
     for (int64_t i = run, n = 0; i < end; i += Vec::size(), ++n) {
       const Vec value = load(x + i, end - i);

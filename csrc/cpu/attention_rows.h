@@ -75,8 +75,8 @@ class BackwardRows {
     }
     if (need_dq) p.weigh(dq + at, ds, key_rows, dq_rows, count);
     if (!p.wanted) return;
-    const Rows<acc_t> q_of = p.rows(p.q + at, q_rows, count);
-    const Rows<acc_t> dout_of = p.rows(dout + at, dout_rows, count);
+    const HeadRows<acc_t> q_of = p.rows(p.q + at, q_rows, count);
+    const HeadRows<acc_t> dout_of = p.rows(dout + at, dout_rows, count);
     for (const auto& g : p.groups) {
       if (!g.wanted) continue;
       acc_t* const to = sums + g.sums * p.dp;

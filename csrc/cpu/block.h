@@ -51,11 +51,6 @@ struct Rows {
   }
 };
 
-template <typename acc_t>
-int64_t width_of(int64_t cols) {
-  return cols > kWidth<acc_t> ? kPanel<acc_t> : kWidth<acc_t>;
-}
-
 // Lanes of rows of a, `lda` apart, and the first lane of a panel that they meet.
 template <typename acc_t>
 struct Lanes {

@@ -67,22 +67,17 @@ struct Tasks {
 };
 
 template <typename acc_t>
-inline int64_t panel_width(int64_t cols) {
-  return cols > kWidth<acc_t> ? kPanel<acc_t> : kWidth<acc_t>;
-}
-
-template <typename acc_t>
-struct Rows {
+struct HeadRows {
   const acc_t* data;
   int64_t ld;
 };
 
 // c[rows, padded(cols)] = a[rows, k] b, b packed in panels
 template <typename acc_t, bool kPairs>
-void product(acc_t* c, int64_t ldc, int64_t rows, Rows<acc_t> a, const acc_t* b, int64_t k,
+void product(acc_t* c, int64_t ldc, int64_t rows, HeadRows<acc_t> a, const acc_t* b, int64_t k,
              int64_t cols) {
   for (int64_t j = 0; j < cols; j += kPanel<acc_t>) {
-    const int64_t width = panel_width<acc_t>(cols - j);
+    const int64_t width = width_of<acc_t>(cols - j);
     multiply_panel<acc_t, kPairs, false>(c + j, ldc, false, rows, width == kPanel<acc_t>,
                                          {a.data, a.ld, b + j * k, width, k});
   }
@@ -90,11 +85,11 @@ void product(acc_t* c, int64_t ldc, int64_t rows, Rows<acc_t> a, const acc_t* b,
 
 // c[rows, cols] += a[count, rows]ᵀ b[count, cols], cols in whole vectors
 template <typename acc_t>
-void add_transposed(acc_t* c, int64_t rows, int64_t cols, Rows<acc_t> a, Rows<acc_t> b,
+void add_transposed(acc_t* c, int64_t rows, int64_t cols, HeadRows<acc_t> a, HeadRows<acc_t> b,
                     int64_t count) {
   for (int64_t j = 0; j < cols; j += kPanel<acc_t>) {
     multiply_panel<acc_t, false, true>(c + j, cols, true, rows,
-                                       panel_width<acc_t>(cols - j) == kPanel<acc_t>,
+                                       width_of<acc_t>(cols - j) == kPanel<acc_t>,
                                        {a.data, a.ld, b.data + j, b.ld, count});
   }
 }
@@ -155,7 +150,7 @@ struct Attention {
       }
     }
     for (int64_t j = 0; j < T; j += kPanel<acc_t>) {
-      const int64_t width = panel_width<acc_t>(T - j);
+      const int64_t width = width_of<acc_t>(T - j);
       pack_transposed(out + j * k, width, gathered + j * k, k, std::min(width, T - j), k);
     }
   }
@@ -163,7 +158,7 @@ struct Attention {
   // One operand of a head for products over keys.
   void pack_tokens(acc_t* out, Operand operand, int64_t b, int64_t h) const {
     for (int64_t j = 0; j < d; j += kPanel<acc_t>) {
-      const int64_t width = panel_width<acc_t>(d - j);
+      const int64_t width = width_of<acc_t>(d - j);
       for (const auto& g : groups)
         pack_rows(out + j * T + g.first * width, width, g.*operand + b * g.T * C + h * d + j, C,
                   std::min(width, d - j), g.T);
@@ -172,7 +167,7 @@ struct Attention {
 
   // Rows of x[count, d], C apart, as they can be multiplied: where they are, or widened in `room`
   // [count, dp] with zeros beyond d.
-  Rows<acc_t> rows(const scalar_t* x, acc_t* room, int64_t count) const {
+  HeadRows<acc_t> rows(const scalar_t* x, acc_t* room, int64_t count) const {
     if constexpr (std::is_same_v<scalar_t, acc_t>) {
       if (d == dp) return {x, C};
     }

@@ -62,6 +62,12 @@ inline int64_t padded(int64_t cols) {
   return (cols + kWidth<acc_t> - 1) / kWidth<acc_t> * kWidth<acc_t>;
 }
 
+// lanes of the first panel of as many columns
+template <typename acc_t>
+inline int64_t width_of(int64_t cols) {
+  return cols > kWidth<acc_t> ? kPanel<acc_t> : kWidth<acc_t>;
+}
+
 // One product: a[rows, k] b[k, cols] in lanes. Rows of a are `lda` apart and its k neighbours, or
 // the other way round in a column-major tile.
 template <typename acc_t>
