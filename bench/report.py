@@ -1,4 +1,4 @@
-"""Turns the record into one HTML page that needs nothing else, and into README's table.
+"""Turns the record into one HTML page that needs nothing else, and into the tables of README.
 
     python -m bench.report --out report.html --readme
 
@@ -18,7 +18,7 @@ from pathlib import Path
 from bench import record
 from bench.record import Row
 
-BEGIN, END = "<!-- bench table: python -m bench.report --readme -->", "<!-- end of table -->"
+BEGIN, END = "<!-- bench tables: python -m bench.report --readme -->", "<!-- end of tables -->"
 TRAINING = ("fwd+bwd", "step")
 # less than this between two arms is no win, however many rounds there were
 LEVEL = 0.02
@@ -85,8 +85,8 @@ class Group:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Write the page, and with --readme the table."""
-    from bench import page
+    """Write the page, and with --readme the tables."""
+    from bench import page, tables
 
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
         type=Path,
         nargs="?",
         const=record.ROOT / "README.md",
-        help="rewrite the table in this file too",
+        help="rewrite the tables in this file too, and the means beside the CSV files",
     )
     options = parser.parse_args(argv)
     try:
@@ -107,7 +107,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{options.out}: {summary(found)}")
         if options.readme:
             old = options.readme.read_text(encoding="utf-8")
-            options.readme.write_text(with_table(old, found), encoding="utf-8")
+            options.readme.write_text(between(old, tables.headlines(found)), encoding="utf-8")
+            (options.results / "means.md").write_text(tables.means(found), encoding="utf-8")
     except ValueError as wrong:
         raise SystemExit(f"bench.report: {wrong}") from None
 
@@ -205,34 +206,8 @@ def facts(rows: list[Row]) -> str:
     return " · ".join([*filter(None, parts), first if first == last else f"{first} to {last}"])
 
 
-def table(found: list[Group]) -> str:
-    """A Markdown table a device: geometric mean cost over the floor in training, by op and arm."""
-    blocks = []
-    for device in dict.fromkeys(g.device for g in found):
-        mine = [g for g in found if g.device == device and g.direction in TRAINING and g.verdicts]
-        shown = dict.fromkeys(r.backend for g in mine for rows in g.cases.values()
-                              for r in rivals(rows) if not is_floor(r))  # fmt: skip
-        arms = ["lorakern", *shown]
-        head = ["op", "dtype", "cases", *[NAMES.get(a, a) for a in arms],
-                "faster / level / slower than the best"]  # fmt: skip
-        lines = [head, ["---", "---", *["--:"] * (len(head) - 2)]]
-        # dtypes of an op together, in order of appearance
-        ops = list(dict.fromkeys(g.op for g in mine))
-        for group in sorted(mine, key=lambda g: ops.index(g.op)):
-            means = {arm: _mean_cost(group, arm) for arm in arms}
-            best = min(m for m in means.values() if m is not None)
-            counts = count(list(group.verdicts.values())).values()
-            cells = [_bold(m, best) for m in means.values()]
-            lines.append([f"`{group.op}`", group.dtype, str(len(group.cases)), *cells,
-                          " / ".join(map(str, counts))])  # fmt: skip
-        rows = [r for g in mine for cases in g.cases.values() for r in cases.values()]
-        if rows:
-            blocks.append(f"{device}; {facts(rows)}:\n\n" + "\n".join(map(_line, lines)))
-    return "\n\n".join(blocks)
-
-
-def with_table(readme: str, found: list[Group]) -> str:
-    """The text with the table between its markers made anew.
+def between(readme: str, made: str) -> str:
+    """The text with what is between its markers made anew.
 
     Raises:
         ValueError: the text has not both markers, in order, once.
@@ -241,7 +216,7 @@ def with_table(readme: str, found: list[Group]) -> str:
     _, end, after = rest.partition(END)
     if not begin or not end or BEGIN in after or END in after:
         raise ValueError(f"want {BEGIN!r} and then {END!r}, once, in the README")
-    return f"{before}{BEGIN}\n\n{table(found)}\n\n{END}{after}"
+    return f"{before}{BEGIN}\n\n{made}\n\n{END}{after}"
 
 
 def read_file(file: Path) -> list[Row]:
@@ -279,23 +254,6 @@ def _error(row: Row) -> float:
     if row.rounds == "" or row.rounds < 3:
         return math.inf
     return 0.93 * row.iqr_us / row.median_us / math.sqrt(row.rounds)
-
-
-def _mean_cost(group: Group, arm: str) -> float | None:
-    """None where an arm has not every case, for its mean would be of other cases."""
-    if any(arm not in rows for rows in group.cases.values()):
-        return None
-    return geometric_mean([rows[arm].cost_over_frozen for rows in group.cases.values()])
-
-
-def _bold(mean: float | None, best: float) -> str:
-    if mean is None:
-        return ""
-    return f"**{mean:.2f}**" if mean == best else f"{mean:.2f}"
-
-
-def _line(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

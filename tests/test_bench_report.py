@@ -105,9 +105,14 @@ def test_axes():
     assert page.Axis([0.0, 0.0]).place(0.0) == axis.place(0.0) < axis.place(0.5)
 
 
-def test_the_table_of_the_readme(tmp_path):
-    record.append([*ROWS, row("lorakern", 0.3, case="O9"), row("peft", 1.2, case="O9")],
-                  tmp_path / "gpu.csv")  # fmt: skip
+def test_the_means_beside_the_files_and_the_tables_of_the_readme(tmp_path):
+    shape = {"case": "O320 I320 M4096 R16 bias", "device": "Intel(R) X(R) Processor @ 2.5GHz 6 85"}
+    step = {"op": "train_step", "direction": "step", "case": "sd15 16x16 B4 attn-mlp lokr R8"}
+    steps = [row("frozen", **step), row("lorakern", 1.1, peak_mib=160.4, **step),
+             row("peft", 1.4, peak_mib=392.0, **step)]  # fmt: skip
+    record.append([*ROWS, row("lorakern", 0.3, case="O9"), row("peft", 1.2, case="O9"), *steps,
+                   row("lorakern", 1.24, **shape), row("peft", 1.5, **shape),
+                   row("lycoris", 1.496, **shape)], tmp_path / "gpu.csv")  # fmt: skip
     readme = tmp_path / "README.md"
     command = ["--results", str(tmp_path), "--out", str(tmp_path / "a.html")]
     readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
@@ -115,9 +120,15 @@ def test_the_table_of_the_readme(tmp_path):
         report.main([*command, "--readme", str(readme)])
         text = readme.read_text()
     assert text.startswith("before\n") and text.endswith(f"{report.END}\nafter\n")
-    # the means of 1.2, 0.3 and of 1.5, 1.2; loralib was not measured on both cases
-    assert "| `lora_linear` | float32 | 2 | **0.60** | 1.34 |  | 2 / 0 / 0 |" in text
     assert "old" not in text and text.count(report.BEGIN) == 1
+    # of the layers only known shapes; the best rival in brackets
+    assert "| LoRA R16 | Intel X 6 85 |  | **1.24** (1.50) |  |  |" in text
+    assert text.count("| LoRA ") == 1
+    name = "SD 1.5 128 px, 4 images, attention and MLP, LoKr R8"
+    assert f"| {name} | A <GPU> | 100, 1 % | **1.10**, 160 | 1.40, 392 |" in text
+    # the means of 1.2, 0.3 and of 1.5, 1.2; loralib was not measured on both cases
+    means = (tmp_path / "means.md").read_text()
+    assert "| `lora_linear` | float32 | 2 | **0.60** | 1.34 |  | 2 / 0 / 0 |" in means
     for wrong in ("no markers", f"{report.END}{report.BEGIN}", report.BEGIN):
         readme.write_text(wrong)
         with pytest.raises(SystemExit, match="README"):
