@@ -70,6 +70,8 @@ def extension(mode: str) -> dict:
     native = kind(
         "lorakern._native",
         sorted(glob("csrc/cpu/*.cpp")) + (cuda_sources if with_cuda else []),
+        # a source distribution takes these along, and what changed among them is built again
+        depends=sorted(glob("csrc/**/*.*", recursive=True)),
         include_dirs=[os.path.abspath("csrc")],
         extra_compile_args={"cxx": compile_flags(os.environ.get("LORAKERN_ARCH")), "nvcc": ["-O3"]},
     )

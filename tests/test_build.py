@@ -37,6 +37,12 @@ def test_sources_are_found_by_glob(build, mode):
     assert {p.name for p in ROOT.glob("csrc/cpu/*.cpp")} <= sources
 
 
+def test_a_source_distribution_and_a_rebuild_know_all_of_csrc(build):
+    (native,) = build.extension("auto")["ext_modules"]
+    files = {str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*") if p.is_file()}
+    assert files and files <= {*native.sources, *native.depends}
+
+
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
 def test_cuda_asked_for_without_cuda_is_an_error_with_the_reason(build):
     with pytest.raises(SystemExit, match=r"LORAKERN_BUILD=cuda: .* has no CUDA"):
