@@ -15,15 +15,19 @@ SHAPES = {
 }
 MODELS = {"sd15": "SD 1.5", "sdxl": "SDXL"}
 ALGORITHMS = {"lokr": "LoKr", "loha": "LoHa"}
-MEANS = """# What was measured
-
-Time of training over the frozen layer's or UNet's (of an op that no frozen layer has, over its own floor), as a geometric mean over the cases that its bench names; bold is the least. The last column counts cases: apart by less than 2 % or two standard errors is level. Every row is in the CSV files beside this one; `python -m bench.report --readme` makes it of them."""  # noqa: E501
+MEANS = (
+    "# What was measured\n\n"
+    "Time of training over the frozen layer's or UNet's (of an op that no frozen layer has, over"
+    " its own floor), as a geometric mean over the cases that its bench names; bold is the least."
+    " The last column counts cases: apart by less than 2 % or two standard errors is level. Every"
+    " row is in the CSV files beside this one; `python -m bench.report --readme` makes it of them."
+)
 
 
 def headlines(found: list[Group]) -> str:
     """Layers by shape, a table a dtype, and whole training steps."""
     trained = [g for g in found if g.direction in TRAINING]
-    dtypes = sorted({g.dtype for g in trained if g.op in LAYERS}, key="float32 bfloat16".find)
+    dtypes = dict.fromkeys(["float32", *(g.dtype for g in trained)])
     blocks = [_layers([g for g in trained if g.dtype == dtype], dtype) for dtype in dtypes]
     return "\n\n".join(filter(None, [*blocks, _steps(trained)]))
 
@@ -73,10 +77,7 @@ def _layers(groups: list[Group], dtype: str) -> str:
 
 def _steps(groups: list[Group]) -> str:
     mine = [g for g in groups if g.op == "train_step"]
-    shown = dict.fromkeys(
-        r.backend for g in mine for rows in g.cases.values() for r in rows.values()
-    )
-    arms = [arm for arm in shown if arm != "frozen"]
+    arms = [arm for arm in dict.fromkeys(a for g in mine for a in g.arms) if arm != "frozen"]
     body = []
     for case in sorted({case for g in mine for case in g.cases}):
         for group in mine:
@@ -84,10 +85,9 @@ def _steps(groups: list[Group]) -> str:
             verdict = group.verdicts.get(case)
             if not verdict:
                 continue
-            won = "lorakern" * (verdict.word == "faster")
-            costs = [_bold(rows[a].cost_over_frozen if a in rows else None, a == won) for a in arms]
-            memory = [f", {rows[a].peak_mib:.0f}" if a in rows else "" for a in arms]
-            cells = [cost + mib for cost, mib in zip(costs, memory, strict=True)]
+            won = verdict.word == "faster"
+            cells = ["" if a not in rows else _bold(rows[a].cost_over_frozen,
+                     won and a == "lorakern") + f", {rows[a].peak_mib:.0f}" for a in arms]  # fmt: skip
             name = _step_name(case) + f", {group.dtype}" * (group.dtype != "float32")
             ours = verdict.ours
             run = f"{ours.rounds:.0f}, {100 * ours.iqr_us / ours.median_us:.0f} %"
@@ -104,9 +104,8 @@ def _step_name(case: str) -> str:
     count = "" if batch == "B1" else f", {batch[1:]} images"
     recomputed = ", checkpointing" * ("checkpointing" in rest)
     pixels = 8 * int(size.partition("x")[0])
-    return (
-        f"{MODELS.get(model, model)} {pixels} px{count}, {layers}{recomputed}, {algorithm} {rank}"
-    )
+    base = f"{MODELS.get(model, model)} {pixels} px"
+    return f"{base}{count}, {layers}{recomputed}, {algorithm} {rank}"
 
 
 def _short(device: str) -> str:
