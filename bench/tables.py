@@ -3,6 +3,7 @@
 import re
 
 from bench import report
+from bench.record import Row
 from bench.report import NAMES, TRAINING, Group, Verdict
 
 LAYERS = {"lora_linear": "LoRA", "kron_linear": "LoKr", "hada_linear": "LoHa", "dora": "DoRA"}
@@ -86,14 +87,17 @@ def _steps(groups: list[Group]) -> str:
             if not verdict:
                 continue
             won = verdict.word == "faster"
-            cells = ["" if a not in rows else _bold(rows[a].cost_over_frozen,
-                     won and a == "lorakern") + f", {rows[a].peak_mib:.0f}" for a in arms]  # fmt: skip
+            cells = [_step_cell(rows.get(a), won and a == "lorakern") for a in arms]
             name = _step_name(case) + f", {group.dtype}" * (group.dtype != "float32")
             ours = verdict.ours
             run = f"{ours.rounds:.0f}, {100 * ours.iqr_us / ours.median_us:.0f} %"
             body.append([name, _short(group.device), run, *cells])
     head = ["step: cost, MiB", "device", "rounds, spread", *[NAMES.get(a, a) for a in arms]]
     return _markdown(head, 3, body) if body else ""
+
+
+def _step_cell(row: Row | None, won: bool) -> str:
+    return f"{_bold(row.cost_over_frozen, won)}, {row.peak_mib:.0f}" if row else ""
 
 
 def _step_name(case: str) -> str:
