@@ -3,20 +3,20 @@
 //
 // x, the factors and the gain get gradients. Saved: x and the factors.
 
-#pragma once
-
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
 
 #include "four_factors.h"
 #include "../once.h"
 
 namespace lorakern {
+namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 using Maybe = std::optional<at::Tensor>;
 
-inline Maybe maybe(const at::Tensor& t) { return t.defined() ? Maybe(t) : std::nullopt; }
+Maybe maybe(const at::Tensor& t) { return t.defined() ? Maybe(t) : std::nullopt; }
 
 // Op: kName, and fwd and bwd with the signatures of kron_linear
 template <typename Op>
@@ -54,4 +54,31 @@ struct FourFactors : torch::autograd::Function<FourFactors<Op>> {
   }
 };
 
+struct Hada {
+  static constexpr auto kName = "hada_linear";
+
+  static at::Tensor fwd(const at::Tensor& x, const at::Tensor& weight, const Maybe& bias,
+                        const at::Tensor& a, const Maybe& b, const at::Tensor& c, const Maybe& d,
+                        double scale, const Maybe& gain) {
+    return hada_linear_fwd_cpu(x, weight, bias, a, *b, c, *d, scale, gain);
+  }
+  static SixTensors bwd(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight,
+                        const at::Tensor& a, const Maybe& b, const at::Tensor& c, const Maybe& d,
+                        double scale, const Maybe& gain, std::array<bool, 6> needs) {
+    return hada_linear_bwd_cpu(dy, x, weight, a, *b, c, *d, scale, gain, needs);
+  }
+};
+
+struct Kron {
+  static constexpr auto kName = "kron_linear";
+  static constexpr auto fwd = kron_linear_fwd_cpu;
+  static constexpr auto bwd = kron_linear_bwd_cpu;
+};
+
+}  // namespace
 }  // namespace lorakern
+
+TORCH_LIBRARY_FRAGMENT(lorakern_native, m) {
+  m.def("hada_linear_cpu", &lorakern::FourFactors<lorakern::Hada>::call);
+  m.def("kron_linear_cpu", &lorakern::FourFactors<lorakern::Kron>::call);
+}
