@@ -1,5 +1,6 @@
 """Device, seed, and fresh memory that is full of NaN, so that an unwritten element shows."""
 
+import importlib.util
 import os
 
 # threads that wait would take the core of a second test process
@@ -16,6 +17,10 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 if not torch.cuda.is_available():
     # Triton kernels then run on the CPU, slowly; read once, when triton is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    if os.environ["TRITON_INTERPRET"] == "1" and importlib.util.find_spec("triton"):
+        import triton_interpreter
+
+        triton_interpreter.prepare_once()
 
 
 def pytest_addoption(parser):
