@@ -12,13 +12,12 @@ TRITON_RANK = 128
 def alike(**tensors: Tensor | None) -> None:
     """Raises ValueError unless all that are there share a floating dtype and a device."""
     there = {name: t for name, t in tensors.items() if t is not None}
-    for what in ("dtype", "device"):
-        values = {name: getattr(t, what) for name, t in there.items()}
-        if len(set(values.values())) > 1:
-            raise ValueError(
-                f"mixed {what}s: {', '.join(f'{name} {value}' for name, value in values.items())}"
-            )
-    dtype = next(iter(there.values())).dtype
+    first = next(iter(there.values()))
+    dtype, device = first.dtype, first.device
+    if any(t.dtype != dtype or t.device != device for t in there.values()):
+        what = "device" if all(t.dtype == dtype for t in there.values()) else "dtype"
+        values = ", ".join(f"{name} {getattr(t, what)}" for name, t in there.items())
+        raise ValueError(f"mixed {what}s: {values}")
     if not dtype.is_floating_point:
         raise ValueError(f"want floating-point tensors, got {dtype}")
 
@@ -62,6 +61,16 @@ def frozen_linear(
         )
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         raise ValueError("weight and bias are frozen here; call requires_grad_(False) on them")
+
+
+def is_bias_of(weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether a bias is none, or frozen and one to add to the outputs of this weight."""
+    return bias is None or (
+        bias.dtype == weight.dtype
+        and bias.device == weight.device
+        and bias.shape == weight.shape[:1]
+        and not bias.requires_grad
+    )
 
 
 def live(scale: float | Tensor) -> float | Tensor:

@@ -105,7 +105,7 @@ def lora_linear(
         and dtype == weight.dtype == down.dtype == up.dtype
         and device == weight.device == down.device == up.device
         and not weight.requires_grad
-        and bias is None
+        and check.is_bias_of(weight, bias)
         and gain is None
     ):
         check.frozen_linear(x, weight, bias, gain, down=down, up=up)
