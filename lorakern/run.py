@@ -144,10 +144,17 @@ class Run:
         made = Batch(
             mean + std * noise[0], noise[1], t, keep,
             torch.tensor([latent.time_ids for latent in latents]),
-            tokens if self.method.trains_text else self.text(tokens),
+            self._told(tokens),
             self.method.inputs(latents, chance),
         )  # fmt: skip
         return tree_map_only(Tensor, lambda tensor: tensor.to(self.device), made)
+
+    def _told(self, tokens: Tensor) -> Tensor | tuple[Tensor, Tensor | None]:
+        """Batch.text; in bfloat16 where autocast would have each layer round it anew."""
+        if self.method.trains_text:
+            return tokens
+        context, pooled = self.text(tokens)
+        return context.to(torch.bfloat16) if self.bf16 else context, pooled
 
     def loss_of(self, batch: Batch) -> Tensor:
         """A batch's loss, a float32 scalar; nothing but work of the device, and no wait for it."""

@@ -59,6 +59,17 @@ def test_bf16_keeps_factors_in_float32(make):
     assert any((t != t.bfloat16().float()).any() for t in moved)
 
 
+def test_bf16_rounds_a_context_as_each_layer_would(make, monkeypatch):
+    low = {"precision": "bf16"}
+    context, _ = runs.prepare(make("read", **low), bar=False).batch(0).text
+    assert context.dtype == torch.bfloat16
+    once = fit(make("once", **low))
+    monkeypatch.setattr(runs.Run, "_told", lambda run, tokens: run.text(tokens))
+    each = fit(make("each", **low))
+    assert once.losses == each.losses
+    assert_same(load_file(once.paths[0]), load_file(each.paths[0]))
+
+
 def test_accumulating_is_a_larger_batch(make, monkeypatch):
     """Two batches of 1 give the gradient of one batch of 2, when the noise is the same."""
 
