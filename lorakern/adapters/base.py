@@ -117,6 +117,10 @@ class Adapter(nn.Module):
         """
         raise NotImplementedError
 
+    def short(self, x: Tensor, own: bool = False) -> Tensor | None:
+        """The output where it is but one op call; own: no other layer reads this very x."""
+        return None
+
     def delta_output(self, x: Tensor) -> Tensor | None:
         """The update's share of the output, not rounded, where it is made of x; else None."""
         return None
@@ -220,24 +224,27 @@ class Adapter(nn.Module):
         return found
 
     def forward(self, input: Tensor) -> Tensor:
+        cast = torch._C._is_any_autocast_enabled() and layers.autocast_on(input.device.type)
+        if not cast and (y := self.short(input)) is not None:
+            return y
         root = self.root
         adapters = [] if self._merged else [a for a in self.chain() if a._on and not a.skips()]
         if not adapters:
-            # not a call: the layer's hooks are this module's too, and have fired
-            return root.forward(input)
+            return root.forward(input)  # not a call: its hooks are this module's, and have fired
         weight, bias = root.weight, getattr(root, "bias", None)
-        device = input.device.type
-        if not layers.autocast_on(device):
+        if not cast:
             return _run_all(adapters, root, input, weight, bias)
+        device = input.device.type
         to = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
-            # as the layer would have been cast; the sums are not
+            x, w, b = input, weight, bias
             if self.kind != "embedding":
-                input, weight, bias = (
-                    t if t is None or t.dtype == torch.float64 else t.to(to)
-                    for t in (input, weight, bias)
+                # as the layer would have been cast; the sums are not
+                x, w, b = (
+                    t if t is None or t.dtype == torch.float64 else t.to(to) for t in (x, w, b)
                 )
-            return _run_all(adapters, root, input, weight, bias)
+            y = self.short(x, x is not input) if w is weight and b is bias else None
+            return _run_all(adapters, root, x, w, b) if y is None else y
 
     @classmethod
     def fused(

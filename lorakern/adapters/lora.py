@@ -3,7 +3,6 @@
 On a convolution `down` is k x k and `up` 1 x 1; on an embedding `down` is looked up.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -67,24 +66,23 @@ class Lora(LowRank):
         slim = self.factors == ("down", "up") and self.init == "default"
         self._alone = self._alone and slim and not (self.rank_dropout or self.module_dropout)
 
-    def forward(self, input: Tensor) -> Tensor:
-        # one op call is all there is to do: the shortest way there
-        if self._alone and not (self.dropout and self.training):
-            try:
-                own, layer = self._parameters, self._modules["base"]._parameters
-                weight, down, up = layer["weight"], own["down"], own["up"]
-            except KeyError:
-                # a replica of DataParallel holds its tensors elsewhere
-                return super().forward(input)
-            dtype, group = input.dtype, self._shared if input.is_cpu else self._text
-            if not torch._C._is_any_autocast_enabled():
-                if group is not None and (y := group.output(self, input)) is not None:
-                    return y
-                if down.dtype is not dtype or up.dtype is not dtype:
-                    down, up = down.to(dtype), up.to(dtype)
-                args = input, weight, layer["bias"], down, up, self.live_scale()
-                return lora_linear(*args, recompute=self.recompute)
-        return super().forward(input)
+    def short(self, x: Tensor, own: bool = False) -> Tensor | None:
+        if not self._alone or (self.dropout and self.training):
+            return None
+        try:
+            factors, layer = self._parameters, self._modules["base"]._parameters
+            weight, down, up = layer["weight"], factors["down"], factors["up"]
+        except KeyError:
+            # a replica of DataParallel holds its tensors elsewhere
+            return None
+        group = self._shared if x.is_cpu else self._text
+        if group is not None and not own and (y := group.output(self, x)) is not None:
+            return y
+        dtype = x.dtype
+        if down.dtype is not dtype or up.dtype is not dtype:
+            down, up = down.to(dtype), up.to(dtype)
+        args = x, weight, layer["bias"], down, up, self.live_scale()
+        return lora_linear(*args, recompute=self.recompute)
 
     def drops_rows(self) -> bool:
         return self.dropout_mode == "lycoris" and super().drops_rows()

@@ -1,6 +1,5 @@
 """Dropout of an update's output in training: y = layer(x; W) + drop(layer(x; ΔW)), rounded once."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -34,19 +33,17 @@ class OutputDropout(Update):
         more = self.dora or self.use_scalar or self.rank_dropout or self.module_dropout
         self._slim = self._alone and not more
 
-    def forward(self, input: Tensor) -> Tensor:
-        # one op call is all there is to do: the shortest way there
-        if self._slim and not (self.dropout and self.training):
-            try:
-                own, layer = self._parameters, self._modules["base"]._parameters
-                weight, f = layer["weight"], {name: own[name] for name in self.factors}
-            except KeyError:
-                # a replica of DataParallel holds its tensors elsewhere
-                return super().forward(input)
-            if not torch._C._is_any_autocast_enabled():
-                f = {name: t.to(input.dtype) for name, t in f.items()}
-                return self.linear(input, weight, layer["bias"], f, self.live_scale(), None)
-        return super().forward(input)
+    def short(self, x: Tensor, own: bool = False) -> Tensor | None:
+        if not self._slim or (self.dropout and self.training):
+            return None
+        try:
+            factors, layer = self._parameters, self._modules["base"]._parameters
+            weight = layer["weight"]
+            f = {name: factors[name].to(x.dtype) for name in self.factors}
+        except KeyError:
+            # a replica of DataParallel holds its tensors elsewhere
+            return None
+        return self.linear(x, weight, layer["bias"], f, self.live_scale(), None)
 
     def delta_output(self, x: Tensor) -> Tensor | None:
         if not (self.dropout and self.training):

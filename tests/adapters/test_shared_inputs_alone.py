@@ -239,6 +239,16 @@ def test_a_group_comes_back_with_what_it_waits_for(fired):
     assert fired == [3, 3]
 
 
+def test_what_autocast_rounds_for_each_layer_is_no_shared_input(fired):
+    module = adapted(Attention()).bfloat16()
+    loose, x = apart(module), torch.randn(300, WIDE, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(module(x), loose(x)) and not fired
+        low = x.detach().bfloat16().requires_grad_()
+        torch.testing.assert_close(module(low), loose(low))
+    assert fired == [3]
+
+
 def test_autocast_inference_mode_and_tracing_run_alone(fired):
     module = adapted(Attention())
     loose, x = apart(module), torch.randn(5, WIDE)

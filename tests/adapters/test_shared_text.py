@@ -120,12 +120,14 @@ def group_of(model):
     return model.blocks[0].to_k._text
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["", "autocast"])
 @pytest.mark.parametrize("asks", [False, True], ids=["", "x asks for a gradient"])
-def test_one_call_computes_what_all_do(asks, fired):
-    model = adapted()
+def test_one_call_computes_what_all_do(asks, dtype, fired):
+    model = adapted().to(dtype)
     for _ in range(2):
-        x, text = some()
-        assert_same(model, x.requires_grad_(asks), text)
+        x, text = (t.to(dtype) for t in some())
+        with torch.autocast("cpu", enabled=dtype == torch.bfloat16):
+            assert_same(model, x.requires_grad_(asks), text)
     assert fired == [6, 6]
     # nothing waits
     assert group_of(model)._kept is None
