@@ -107,6 +107,8 @@ at::Tensor lora_linear_cpu(const at::Tensor& x, const at::Tensor& weight,
                            const std::optional<at::Tensor>& bias, const at::Tensor& down,
                            const at::Tensor& up, double scale,
                            const std::optional<at::Tensor>& gain, bool recompute) {
+  TORCH_CHECK_VALUE(!weight.requires_grad() && !(bias && bias->requires_grad()),
+                    "weight and bias are frozen here");
   const bool train_gain = gain && gain->requires_grad() && at::GradMode::is_enabled();
   return LoraLinear::apply(x, down, up, gain, weight, bias, scale, train_gain, recompute);
 }

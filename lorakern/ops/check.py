@@ -63,16 +63,6 @@ def frozen_linear(
         raise ValueError("weight and bias are frozen here; call requires_grad_(False) on them")
 
 
-def is_bias_of(weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether a bias is none, or frozen and one to add to the outputs of this weight."""
-    return bias is None or (
-        bias.dtype == weight.dtype
-        and bias.device == weight.device
-        and bias.shape == weight.shape[:1]
-        and not bias.requires_grad
-    )
-
-
 def live(scale: float | Tensor) -> float | Tensor:
     """The scale as an op takes it: under torch.compile a 0-dim tensor, else as it came."""
     if torch.compiler.is_compiling() and not isinstance(scale, Tensor):

@@ -95,26 +95,25 @@ def lora_linear(
 
     Source: Hu et al. 2021, arXiv:2106.09685; Liu et al. 2024, arXiv:2402.09353.
     """
-    out_features, in_features = weight.shape
-    rank, dtype, device = down.shape[0], x.dtype, x.device
-    # one expression: a small layer's call costs little more than this
-    if not (
-        x.shape[-1] == in_features
-        and down.shape == (rank, in_features)
-        and up.shape == (out_features, rank)
-        and dtype == weight.dtype == down.dtype == up.dtype
-        and device == weight.device == down.device == up.device
-        and not weight.requires_grad
-        and check.is_bias_of(weight, bias)
-        and gain is None
-    ):
-        check.frozen_linear(x, weight, bias, gain, down=down, up=up)
-        check.shapes(down=(down, [rank, in_features]), up=(up, [out_features, rank]))
-    if x.is_cpu and not isinstance(scale, Tensor) and not torch.compiler.is_compiling():
+    eager = x.is_cpu and not isinstance(scale, Tensor) and not torch.compiler.is_compiling()
+    if not (eager and _whole.get(x.dtype)):
+        _refuse(x, weight, bias, down, up, gain)
+    if eager:
         args = x.contiguous(), weight, bias, down, up, scale, gain
-        if dtype not in _whole:
-            _whole[dtype] = backend.whole(_fwd, _bwd, "lora_linear_cpu", *args)
-        if run := _whole[dtype]:
-            return run(*args, recompute)
+        if x.dtype not in _whole:
+            _whole[x.dtype] = backend.whole(_fwd, _bwd, "lora_linear_cpu", *args)
+        if run := _whole[x.dtype]:
+            try:
+                return run(*args, recompute)
+            except (ValueError, IndexError):
+                # it looks faster than this, and says less
+                _refuse(x, weight, bias, down, up, gain)
+                raise
     live = check.live(scale)
     return _LoraLinear.apply(x.contiguous(), weight, bias, down, up, gain, live, recompute)
+
+
+def _refuse(x, weight, bias, down, up, gain) -> None:
+    check.frozen_linear(x, weight, bias, gain, down=down, up=up)
+    (out_features, in_features), rank = weight.shape, down.shape[0]
+    check.shapes(down=(down, [rank, in_features]), up=(up, [out_features, rank]))
