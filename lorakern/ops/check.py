@@ -14,10 +14,12 @@ def alike(**tensors: Tensor | None) -> None:
     there = {name: t for name, t in tensors.items() if t is not None}
     first = next(iter(there.values()))
     dtype, device = first.dtype, first.device
-    if any(t.dtype != dtype or t.device != device for t in there.values()):
-        what = "device" if all(t.dtype == dtype for t in there.values()) else "dtype"
-        values = ", ".join(f"{name} {getattr(t, what)}" for name, t in there.items())
-        raise ValueError(f"mixed {what}s: {values}")
+    # a loop: a small layer's call waits for it
+    for t in there.values():
+        if t.dtype != dtype or t.device != device:
+            what = "device" if all(t.dtype == dtype for t in there.values()) else "dtype"
+            values = ", ".join(f"{name} {getattr(t, what)}" for name, t in there.items())
+            raise ValueError(f"mixed {what}s: {values}")
     if not dtype.is_floating_point:
         raise ValueError(f"want floating-point tensors, got {dtype}")
 
@@ -49,7 +51,8 @@ def frozen_linear(
     Raises:
         ValueError: says what was wanted and what came.
     """
-    matrices(weight=weight)
+    if weight.dim() != 2:
+        matrices(weight=weight)
     out_features, in_features = weight.shape
     if x.dim() == 0 or x.shape[-1] != in_features:
         raise ValueError(f"want x [..., {in_features}] as weight takes, got {list(x.shape)}")
@@ -61,6 +64,31 @@ def frozen_linear(
         )
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         raise ValueError("weight and bias are frozen here; call requires_grad_(False) on them")
+
+
+def low_rank_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor | None, down: Tensor, up: Tensor
+) -> None:
+    """The frozen layer beside down and up, as `frozen_linear`, and their shapes.
+
+    Raises:
+        ValueError: says what was wanted and what came.
+    """
+    (out_features, in_features), rank = weight.shape, down.shape[0]
+    dtype, device = x.dtype, x.device
+    # one expression: a small layer's call costs little more than this
+    if not (
+        x.shape[-1:] == (in_features,)
+        and down.shape == (rank, in_features)
+        and up.shape == (out_features, rank)
+        and dtype == weight.dtype == down.dtype == up.dtype
+        and device == weight.device == down.device == up.device
+        and not weight.requires_grad
+        and x.is_floating_point()
+        and bias is gain is None
+    ):
+        frozen_linear(x, weight, bias, gain, down=down, up=up)
+        shapes(down=(down, [rank, in_features]), up=(up, [out_features, rank]))
 
 
 def live(scale: float | Tensor) -> float | Tensor:

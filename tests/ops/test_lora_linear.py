@@ -266,6 +266,7 @@ WRONG = {
     "mixed dtypes": lambda a: [a[0].half(), *a[1:]],
     "mixed devices": lambda a: [a[0], a[1].to("meta"), *a[2:]],
     r"want bias \[14\]": lambda a: [*a[:2], torch.zeros(13), *a[3:]],
+    "want floating.*int64": lambda a: [a[0].long(), a[1].long(), None, a[3].long(), a[4].long(), 1],
     "weight and bias are frozen": lambda a: [a[0], a[1].requires_grad_(), *a[2:]],
 }
 
@@ -275,8 +276,7 @@ WRONG = {
 def test_a_wrong_input_is_named(message, forced):
     args = detached(inputs(((3,), 10, 14, 2), torch.float32))
     with backend.use(forced):
-        # from the second call on, a kernel that is both directions looks first
-        lora_linear(*args)
+        lora_linear(*args)  # from now on a kernel that is both directions looks first
         with pytest.raises(ValueError, match=message):
             lora_linear(*WRONG[message](args))
 

@@ -97,7 +97,7 @@ def lora_linear(
     """
     eager = x.is_cpu and not isinstance(scale, Tensor) and not torch.compiler.is_compiling()
     if not (eager and _whole.get(x.dtype)):
-        _refuse(x, weight, bias, down, up, gain)
+        check.low_rank_linear(x, weight, bias, gain, down, up)
     if eager:
         args = x.contiguous(), weight, bias, down, up, scale, gain
         if x.dtype not in _whole:
@@ -107,13 +107,7 @@ def lora_linear(
                 return run(*args, recompute)
             except (ValueError, IndexError):
                 # it looks faster than this, and says less
-                _refuse(x, weight, bias, down, up, gain)
+                check.low_rank_linear(x, weight, bias, gain, down, up)
                 raise
     live = check.live(scale)
     return _LoraLinear.apply(x.contiguous(), weight, bias, down, up, gain, live, recompute)
-
-
-def _refuse(x, weight, bias, down, up, gain) -> None:
-    check.frozen_linear(x, weight, bias, gain, down=down, up=up)
-    (out_features, in_features), rank = weight.shape, down.shape[0]
-    check.shapes(down=(down, [rank, in_features]), up=(up, [out_features, rank]))
