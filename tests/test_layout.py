@@ -61,18 +61,17 @@ def test_each_op_has_a_spec_a_test_a_bench_and_a_public_function(op):
 
 
 def test_each_launcher_and_each_test_has_an_op():
-    # headers are shared; a .cpp or .cu, like a test, is named after its op, or what several ops
-    # share, with a suffix or not.  What changes its arguments in place is no op: it has the name of
-    # the module that calls it
+    # headers are shared; a .cpp or .cu, like a test, is named after its op, with a suffix or not,
+    # or after what several ops share. What changes its arguments in place is no op: it has the name
+    # of the module that calls it
     launchers = [p for p in (ROOT / "csrc").rglob("*.c*") if p.suffix in (".cpp", ".cu", ".cuh")]
-    shared = [p.stem for p in (PACKAGE / "ops").glob("*_*.py") if p.stem != "__init__"]
+    shared = [p.stem for p in (PACKAGE / "ops").glob("[!_]*_*.py")]
     for path in (*launchers, *(ROOT / "tests/ops").glob("test_*.py")):
         stem = path.stem.removeprefix("test_")
         names = OPS + shared if path in launchers else OPS
         of_module = path in launchers and (PACKAGE / f"{stem}.py").exists()
-        assert of_module or any(stem == name or stem.startswith(f"{name}_") for name in names), ids(
-            path
-        )
+        known = of_module or any(stem == name or stem.startswith(f"{name}_") for name in names)
+        assert known, ids(path)
 
 
 @pytest.mark.parametrize("folder", ["adapters", "formats"])

@@ -51,8 +51,7 @@ def frozen_linear(
     Raises:
         ValueError: says what was wanted and what came.
     """
-    if weight.dim() != 2:
-        matrices(weight=weight)
+    matrices(weight=weight)
     out_features, in_features = weight.shape
     if x.dim() == 0 or x.shape[-1] != in_features:
         raise ValueError(f"want x [..., {in_features}] as weight takes, got {list(x.shape)}")
