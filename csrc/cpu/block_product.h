@@ -28,6 +28,21 @@ bool by_columns(const Op& op) {
   return (op.p.N * row > kOwnBytes && !long_rows) || op.p.M * row <= kFewBytes;
 }
 
+// Room for sums; where they are few it is the stack, for a small layer waits for an allocation.
+template <typename acc_t>
+struct Room {
+  static constexpr int64_t kFew = 2048;
+  alignas(64) acc_t few[kFew];
+  at::Tensor many;
+  acc_t* data = few;
+
+  Room(int64_t size, const at::TensorOptions& options) {
+    if (size <= kFew) return;
+    many = at::empty({size}, options);
+    data = many.template mutable_data_ptr<acc_t>();
+  }
+};
+
 template <typename Op>
 void block_product(Op& op, const Rows& rows_of) {
   using scalar_t = typename Op::scalar_t;
@@ -56,9 +71,8 @@ void block_product(Op& op, const Rows& rows_of) {
   const int64_t shrink_size = K * Rp, group_size = columns ? 0 : (K + E) * group;
   const int64_t sums_size = columns || in_out ? 0 : block * ld;
   const int64_t slot_size = sums_size + wide_size;
-  at::Tensor scratch =
-      at::empty({shrink_size + group_size + slots * slot_size + p.M * Rp}, options);
-  acc_t* const shrink = scratch.template mutable_data_ptr<acc_t>();
+  Room<acc_t> scratch(shrink_size + group_size + slots * slot_size + p.M * Rp, options);
+  acc_t* const shrink = scratch.data;
   acc_t* const panels = shrink + shrink_size;
   acc_t* const t_all = panels + group_size;
   acc_t* const blocks = t_all + p.M * Rp;
@@ -116,9 +130,8 @@ void block_product(Op& op, const Rows& rows_of) {
     const int64_t most = std::max<int64_t>(1, kOwnBytes / (sizeof(acc_t) * panel_size));
     each(all / kWide, [&](int64_t b, int64_t e) {
       const int64_t own = std::min(most, e - b);
-      const at::Tensor room =
-          at::empty({own * panel_size + fit * kWide + (op.direct() ? 0 : fit * p.K)}, options);
-      acc_t* const panels = room.template mutable_data_ptr<acc_t>();
+      Room<acc_t> room(own * panel_size + fit * kWide + (op.direct() ? 0 : fit * p.K), options);
+      acc_t* const panels = room.data;
       acc_t* const sums = panels + own * panel_size;
       for (int64_t from = b; from < e; from += own) {
         const int64_t count = std::min(own, e - from);
