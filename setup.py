@@ -69,7 +69,7 @@ def extension(mode: str) -> dict:
 
     native = kind(
         "lorakern._native",
-        sorted(glob("csrc/cpu/*.cpp")) + (cuda_sources if with_cuda else []),
+        sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp")) + (cuda_sources if with_cuda else []),
         # a source distribution takes these along, and what changed among them is built again
         depends=sorted(glob("csrc/**/*.*", recursive=True)),
         include_dirs=[os.path.abspath("csrc")],

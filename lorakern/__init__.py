@@ -1,9 +1,9 @@
 """lorakern: adapters for diffusion models on fused kernels, one float32 accumulator each."""
 
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from importlib.util import find_spec
 
-import torch
+import torch  # noqa: F401  _native is linked to its libraries
 
 try:
     __version__ = version("lorakern")
@@ -12,15 +12,15 @@ except PackageNotFoundError:
     __version__ = "0.0.0"
 
 # the compiled kernels, when they were built; `lorakern why` says whether they were
-for _library in sorted(Path(__file__).parent.glob("_native*.so")):
-    torch.ops.load_library(_library)
+if find_spec("lorakern._native"):
+    from lorakern import _native  # noqa: F401
 
 # the ops look for their kernels in _native
-from lorakern import functional  # noqa: E402
-from lorakern.adapters import eject, inject, merge, set_multiplier, unmerge  # noqa: E402
-from lorakern.arena import FlatAdamW  # noqa: E402
-from lorakern.conditioning import accelerate  # noqa: E402
-from lorakern.formats import load, save  # noqa: E402
+from lorakern import functional
+from lorakern.adapters import eject, inject, merge, set_multiplier, unmerge
+from lorakern.arena import FlatAdamW
+from lorakern.conditioning import accelerate
+from lorakern.formats import load, save
 
 __all__ = [
     "FlatAdamW",

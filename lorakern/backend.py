@@ -140,7 +140,9 @@ def forced(op: str | Op) -> str | None:
 def whole(fwd: str | Op, bwd: str | Op, function: str, *args, kind: str = "cpp") -> Callable | None:
     """The native function that is both directions of a kind, where forward's arguments pick it."""
     if pick(fwd, *args) == kind and forced(bwd) in (None, kind):
-        return getattr(torch.ops.lorakern_native, function).default
+        # as a function of the module where it is one, which costs less than torch.ops
+        found = getattr(importlib.import_module("lorakern._native"), function, None)
+        return found or getattr(torch.ops.lorakern_native, function).default
     return None
 
 

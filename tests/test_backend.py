@@ -6,7 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
+import lorakern
 from lorakern import backend
 from lorakern.backend import Kernel
 
@@ -126,3 +129,27 @@ def test_lists_are_part_of_what_a_pick_is_remembered_by():
     x = torch.zeros(2, 3)
     assert backend._key((x, [1, 1])) != backend._key((x, [2, 2]))
     assert backend._key((x, 0.5)) == backend._key((x, 0.7))
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.ops.lorakern_native, "lora_linear_cpu"),
+    reason="lorakern._native is not built",
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize(
+    "algo, op", [("lora", "lora_linear"), ("loha", "hada_linear"), ("lokr", "kron_linear")]
+)
+def test_what_is_called_as_a_python_function_is_an_op_to_profiler_and_tracer(algo, op):
+    model = nn.Sequential(nn.Linear(8, 8, bias=False)).requires_grad_(False)
+    lorakern.inject(model, algo, rank=2, targets=["0"])
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        model(torch.randn(3, 8))
+    assert f"lorakern_native::{op}_cpu" in {e.name for e in seen.events()}
+    assert callable(getattr(lorakern._native, f"{op}_cpu"))
+    traced = torch.jit.trace(model, torch.randn(3, 8))
+    # nothing of the call was taken for a constant
+    with torch.no_grad():
+        for factor in model[0].parameters():
+            factor.normal_()
+    x = torch.randn(5, 8)
+    assert torch.equal(traced(x), model(x))
