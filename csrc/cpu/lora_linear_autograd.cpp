@@ -2,7 +2,7 @@
 // node, which costs a small layer a third of what a Python one does.
 //
 // y = gain ∘ (x weightᵀ + scale · (x downᵀ) upᵀ) + bias; x, down, up and gain get gradients. Saved:
-// h [M, R], and x unless down is frozen. Where a gain trains, y too, which most networks keep anyhow
+// h [M, R], and x unless down is frozen. Factors may be float32 beside others: they are rounded here. Where a gain trains, y too, which most networks keep anyhow
 // and which spares backward a product of half the layer's cost. The layer may be followed by an
 // operator that overwrites y: then the product is run again. To recompute is to save x alone.
 
@@ -38,6 +38,21 @@ at::Tensor gain_gradient_cpu(const at::Tensor& y, const std::optional<at::Tensor
   return told ? dgain : at::Tensor();
 }
 
+// The factor in x's dtype, where it is float32; torch's own conversion costs a small layer more than
+// its products.
+at::Tensor rounded(const at::Tensor& factor, const at::Tensor& x) {
+  const auto type = x.scalar_type();
+  if (factor.scalar_type() != at::kFloat || type == at::kFloat) return factor;
+  if (type != at::kHalf && type != at::kBFloat16) return factor.to(type);
+  const at::Tensor from = factor.contiguous();
+  at::Tensor to = at::empty(from.sizes(), from.options().dtype(type));
+  AT_DISPATCH_REDUCED_FLOATING_TYPES(type, "rounded", [&] {
+    narrow<scalar_t, float>(to.mutable_data_ptr<scalar_t>(), data<float>(from), nullptr,
+                            from.numel());
+  });
+  return to;
+}
+
 // How often a tensor had been written to, and whether it was since; it does not hold the tensor.
 struct Version : torch::CustomClassHolder {
   explicit Version(const at::Tensor& t)
@@ -49,14 +64,15 @@ struct Version : torch::CustomClassHolder {
 
 struct LoraLinear : torch::autograd::Function<LoraLinear> {
   // what gets a gradient comes first: needs_input_grad counts tensors
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& down,
-                            const at::Tensor& up, const std::optional<at::Tensor>& gain,
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& wide_down,
+                            const at::Tensor& wide_up, const std::optional<at::Tensor>& gain,
                             const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                             double scale, bool train_gain, bool recompute) {
+    const at::Tensor down = rounded(wide_down, x), up = rounded(wide_up, x);
     auto [y, h] = lora_linear_fwd_cpu(x, weight, bias, down, up, scale, gain);
     // a frozen down asks x for no more than its shape
     const at::Tensor none;
-    const bool keep_x = recompute || down.requires_grad() || train_gain;
+    const bool keep_x = recompute || wide_down.requires_grad() || train_gain;
     const bool keep_y = train_gain && !recompute;
     ctx->save_for_backward({keep_x ? x : none, recompute ? none : h, weight, down, up,
                             gain.value_or(none), keep_y ? bias.value_or(none) : none,
@@ -95,6 +111,7 @@ struct LoraLinear : torch::autograd::Function<LoraLinear> {
     auto [dx, ddown, dup, dgain] =
         lora_linear_bwd_cpu(grad, x, h, saved[2], saved[3], saved[4],
                             ctx->saved_data["scale"].toDouble(), gain, needs);
+    // the engine gives a gradient the dtype of its factor
     variable_list grads = {dx, ddown, dup, needs[3] ? dgain : from_y, {}, {}, {}, {}, {}};
     for (size_t i = 0; i < 3; ++i) {
       if (!needs[i]) grads[i] = at::Tensor();
@@ -110,7 +127,7 @@ at::Tensor lora_linear_cpu(const at::Tensor& x, const at::Tensor& weight,
   TORCH_CHECK_VALUE(!weight.requires_grad() && !(bias && bias->requires_grad()),
                     "weight and bias are frozen here");
   const bool train_gain = gain && gain->requires_grad() && at::GradMode::is_enabled();
-  return LoraLinear::apply(x, down, up, gain, weight, bias, scale, train_gain, recompute);
+  return LoraLinear::apply(x.contiguous(), down, up, gain, weight, bias, scale, train_gain, recompute);
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 On a convolution `down` is k x k and `up` 1 x 1; on an embedding `down` is looked up.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -78,9 +79,9 @@ class Lora(LowRank):
         group = self._shared if x.is_cpu else self._text
         if group is not None and not own and (y := group.output(self, x)) is not None:
             return y
-        dtype = x.dtype
-        if down.dtype is not dtype or up.dtype is not dtype:
-            down, up = down.to(dtype), up.to(dtype)
+        dtypes = x.dtype, torch.float32
+        if down.dtype not in dtypes or up.dtype not in dtypes:
+            down, up = down.to(x.dtype), up.to(x.dtype)
         args = x, weight, layer["bias"], down, up, self.live_scale()
         return lora_linear(*args, recompute=self.recompute)
 

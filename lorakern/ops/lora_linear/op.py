@@ -77,11 +77,11 @@ def lora_linear(
     so an update far below the rounding of the base product is not lost.
 
     Args:
-        x: [..., I], any floating dtype, the same for every tensor but the gain.
+        x: [..., I], any floating dtype, the same for weight and bias.
         weight: [O, I], frozen: it gets no gradient.
         bias: [O] or None, frozen.
-        down: [R, I], trained.
-        up: [O, R], trained.
+        down: [R, I], trained; in x's dtype, or in float32 and rounded to it here.
+        up: [O, R], trained; as down.
         scale: alpha / rank, times the user's multiplier; no unit. Under torch.compile a 0-dim
             CPU tensor, so that a change of its value recompiles nothing.
         gain: [O] or None for 1, trained: DoRA's magnitude over a row's norm; float32 beside 16-bit.
@@ -95,19 +95,23 @@ def lora_linear(
 
     Source: Hu et al. 2021, arXiv:2106.09685; Liu et al. 2024, arXiv:2402.09353.
     """
-    eager = x.is_cpu and not isinstance(scale, Tensor) and not torch.compiler.is_compiling()
-    if not (eager and _whole.get(x.dtype)):
-        check.low_rank_linear(x, weight, bias, gain, down, up)
-    if eager:
-        args = x.contiguous(), weight, bias, down, up, scale, gain
+    if x.is_cpu and not isinstance(scale, Tensor) and not torch.compiler.is_compiling():
+        args = x, weight, bias, down, up, scale, gain
         if x.dtype not in _whole:
+            check.low_rank_linear(x, weight, bias, gain, *_rounded(x, down, up))
             _whole[x.dtype] = backend.whole(_fwd, _bwd, "lora_linear_cpu", *args)
         if run := _whole[x.dtype]:
             try:
                 return run(*args, recompute)
             except (ValueError, IndexError):
                 # it looks faster than this, and says less
-                check.low_rank_linear(x, weight, bias, gain, down, up)
+                check.low_rank_linear(x, weight, bias, gain, *_rounded(x, down, up))
                 raise
-    live = check.live(scale)
-    return _LoraLinear.apply(x.contiguous(), weight, bias, down, up, gain, live, recompute)
+    down, up = _rounded(x, down, up)
+    check.low_rank_linear(x, weight, bias, gain, down, up)
+    args = x.contiguous(), weight, bias, down, up, gain
+    return _LoraLinear.apply(*args, check.live(scale), recompute)
+
+
+def _rounded(x: Tensor, *factors: Tensor) -> list[Tensor]:
+    return [f.to(x.dtype) if f.dtype == torch.float32 else f for f in factors]
