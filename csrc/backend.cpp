@@ -1,8 +1,8 @@
 // The Python module: the ops that a layer calls at every step, as functions; see backend.whole.
 //
 // torch.ops boxes each argument and looks each up in the schema, which costs a small layer more than
-// its arithmetic. Here they go to the dispatcher as they are, so that modes, the tracer and the
-// profiler see the op all the same.
+// its arithmetic. Here they go to the dispatcher as they are, so that the tracer and the profiler see
+// the op all the same.
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/Exceptions.h>
