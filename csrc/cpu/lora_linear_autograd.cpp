@@ -2,9 +2,10 @@
 // node, which costs a small layer a third of what a Python one does.
 //
 // y = gain ∘ (x weightᵀ + scale · (x downᵀ) upᵀ) + bias; x, down, up and gain get gradients. Saved:
-// h [M, R], and x unless down is frozen. Factors may be float32 beside others: they are rounded here. Where a gain trains, y too, which most networks keep anyhow
+// h [M, R], and x unless down is frozen. Where a gain trains, y too, which most networks keep anyhow
 // and which spares backward a product of half the layer's cost. The layer may be followed by an
 // operator that overwrites y: then the product is run again. To recompute is to save x alone.
+// Float32 factors beside another x are rounded here.
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
@@ -39,10 +40,10 @@ at::Tensor gain_gradient_cpu(const at::Tensor& y, const std::optional<at::Tensor
 }
 
 // The factor in x's dtype, where it is float32; torch's own conversion costs a small layer more than
-// its products.
+// its products. What is not on the CPU is left to the kernel to refuse.
 at::Tensor rounded(const at::Tensor& factor, const at::Tensor& x) {
   const auto type = x.scalar_type();
-  if (factor.scalar_type() != at::kFloat || type == at::kFloat) return factor;
+  if (factor.scalar_type() != at::kFloat || type == at::kFloat || !factor.is_cpu()) return factor;
   if (type != at::kHalf && type != at::kBFloat16) return factor.to(type);
   const at::Tensor from = factor.contiguous();
   at::Tensor to = at::empty(from.sizes(), from.options().dtype(type));
@@ -127,7 +128,8 @@ at::Tensor lora_linear_cpu(const at::Tensor& x, const at::Tensor& weight,
   TORCH_CHECK_VALUE(!weight.requires_grad() && !(bias && bias->requires_grad()),
                     "weight and bias are frozen here");
   const bool train_gain = gain && gain->requires_grad() && at::GradMode::is_enabled();
-  return LoraLinear::apply(x.contiguous(), down, up, gain, weight, bias, scale, train_gain, recompute);
+  return LoraLinear::apply(x.contiguous(), down, up, gain, weight, bias, scale, train_gain,
+                           recompute);
 }
 
 }  // namespace

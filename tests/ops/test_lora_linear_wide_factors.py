@@ -74,6 +74,8 @@ def test_what_is_neither_is_refused(dtype, device):
         lora_linear(x, weight, bias, down.to(other), up, 1.0)
     with pytest.raises(ValueError, match=r"want up \[72, 5\], got \[72, 4\]"):
         lora_linear(x, weight, bias, down, up[:, :4], 1.0)
+    with pytest.raises(ValueError, match=f"mixed devices: x {device}.*down meta"):
+        lora_linear(x, weight, bias, down.to("meta"), up, 1.0)
 
 
 def test_backward_is_of_the_factors_that_ran(device):
