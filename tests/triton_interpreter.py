@@ -1,4 +1,4 @@
-"""Triton's interpreter without what it does over: 40 % less time, and the same results.
+"""Triton's interpreter without what it does over: less time, and the same results.
 
 It prepares its language anew for each function that a kernel calls, in each program of the grid;
 and it makes the table of numpy's dtypes, the type and the shape of each value. Here a kernel's

@@ -114,4 +114,5 @@ def lora_linear(
 
 
 def _rounded(x: Tensor, *factors: Tensor) -> list[Tensor]:
+    # as lora_linear_cpu does by itself
     return [f.to(x.dtype) if f.dtype == torch.float32 else f for f in factors]
