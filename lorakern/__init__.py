@@ -3,7 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
-import torch  # noqa: F401  _native is linked to its libraries
+import torch  # _native is linked to its libraries
 
 try:
     __version__ = version("lorakern")
@@ -12,8 +12,15 @@ except PackageNotFoundError:
     __version__ = "0.0.0"
 
 # the compiled kernels, when they were built; `lorakern why` says whether they were
-if find_spec("lorakern._native"):
-    from lorakern import _native  # noqa: F401
+if _spec := find_spec("lorakern._native"):
+    try:
+        from lorakern import _native  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f"{_spec.origin} does not load beside torch {torch.__version__}: it was built for"
+            " another one, or is damaged. Install lorakern again with --no-build-isolation, or"
+            f" delete the file to run on plain torch. ({error})"
+        ) from error
 
 # the ops look for their kernels in _native
 from lorakern import functional

@@ -1,7 +1,10 @@
 """The table of kernels: who is picked, why not, and what a forced backend does."""
 
 import itertools
+import shutil
+import subprocess
 import sys
+from importlib.machinery import EXTENSION_SUFFIXES
 from types import SimpleNamespace
 
 import pytest
@@ -153,3 +156,17 @@ def test_what_is_called_as_a_python_function_is_an_op_to_profiler_and_tracer(alg
             factor.normal_()
     x = torch.randn(5, 8)
     assert torch.equal(traced(x), model(x))
+
+
+def test_an_extension_of_another_torch_is_an_error_that_says_what_to_do(tmp_path):
+    package = tmp_path / "lorakern"
+    package.mkdir()
+    shutil.copy(lorakern.__file__, package)
+    native = package / f"_native{EXTENSION_SUFFIXES[0]}"
+    native.write_bytes(b"not a library")
+    tried = subprocess.run(
+        [sys.executable, "-c", "import lorakern"], cwd=tmp_path, capture_output=True, text=True
+    )
+    said = f"ImportError: {native} does not load beside torch {torch.__version__}: it was built for"
+    assert tried.returncode == 1 and said in tried.stderr
+    assert "Install lorakern again with --no-build-isolation" in tried.stderr
