@@ -1,18 +1,21 @@
 """Builds lorakern._native from csrc/ against the torch that is installed.
 
-LORAKERN_BUILD: auto (default) builds what it can and, where it cannot, installs pure Python and
-    says why; cpu and cuda build that or fail with the reason; none builds nothing.
+LORAKERN_BUILD: auto (default) builds what it can: without CUDA where that fails, and pure Python
+    where a compiler fails too, and says why; cpu and cuda build that or fail with the reason; none
+    builds nothing.
 LORAKERN_ARCH: instruction set of a portable wheel (x86-64-v3, armv8.2-a, ...); default: this
     machine's. TORCH_CUDA_ARCH_LIST is torch's own switch for CUDA.
 """
 
 import os
 import platform
+import shutil
 import sys
 from glob import glob
+from pathlib import Path
 
 from setuptools import setup
-from setuptools.errors import CompileError, LinkError
+from setuptools.errors import CompileError, LinkError, PlatformError
 
 MODES = ("auto", "cpu", "cuda", "none")
 
@@ -60,10 +63,22 @@ def extension(mode: str) -> dict:
     kind = cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension
 
     class Build(cpp_extension.BuildExtension):
-        def run(self):
+        def build_extensions(self):
+            # what was compiled for another torch does not load beside this one
+            made_for = Path(self.build_temp, "torch.txt")
+            if not made_for.exists() or made_for.read_text() != torch.__version__:
+                shutil.rmtree(self.build_temp, ignore_errors=True)
+                made_for.parent.mkdir(parents=True)
+                made_for.write_text(torch.__version__)
+                self.force = True
             try:
-                super().run()
-            except (CompileError, LinkError, RuntimeError, OSError) as failed:
+                super().build_extensions()
+            except (CompileError, LinkError, PlatformError, RuntimeError, OSError) as failed:
+                if mode == "auto" and any(s.endswith(".cu") for s in native.sources):
+                    print(f"WARNING: no CUDA kernels, the build failed: {failed}", file=sys.stderr)
+                    # in place: setuptools has written the extension's full name into it
+                    vars(native).update(vars(extension("cpu")["ext_modules"][0]))
+                    return self.build_extensions()
                 self.extensions = []
                 give_up(mode, f"the build failed: {failed}")
 

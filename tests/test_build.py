@@ -75,18 +75,66 @@ def test_without_torch_auto_installs_pure_python_and_says_so(build, monkeypatch,
         build.extension("cpu")
 
 
-def test_a_failed_compiler_leaves_auto_pure_python(build, monkeypatch, capsys):
+def command(build, mode, build_temp):
+    """build_ext as setuptools has it when it begins to compile."""
+    made = build.extension(mode)
+    command = object.__new__(made["cmdclass"]["build_ext"])
+    command.extensions, command.build_temp, command.force = made["ext_modules"], build_temp, False
+    return command
+
+
+def test_a_failed_compiler_leaves_auto_pure_python(build, monkeypatch, capsys, tmp_path):
     def fail(self):
         raise RuntimeError("Error compiling objects for extension")
 
-    monkeypatch.setattr(cpp_extension.BuildExtension, "run", fail)
-    command = object.__new__(build.extension("auto")["cmdclass"]["build_ext"])
-    command.run()
-    assert command.extensions == []
+    monkeypatch.setattr(cpp_extension.BuildExtension, "build_extensions", fail)
+    lenient = command(build, "auto", tmp_path)
+    lenient.build_extensions()
+    assert lenient.extensions == []
     assert "Error compiling objects" in capsys.readouterr().err
-    strict = object.__new__(build.extension("cpu")["cmdclass"]["build_ext"])
     with pytest.raises(SystemExit, match="Error compiling objects"):
-        strict.run()
+        command(build, "cpu", tmp_path).build_extensions()
+
+
+def test_where_cuda_does_not_build_auto_builds_the_cpu_part(build, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path))
+    built = []
+
+    def no_cuda(self):
+        (native,) = self.extensions
+        if "cudart" in native.libraries:
+            raise RuntimeError("the detected CUDA version (12.4) mismatches (13.0)")
+        built.extend(native.sources)
+
+    monkeypatch.setattr(cpp_extension.BuildExtension, "build_extensions", no_cuda)
+
+    auto = command(build, "auto", tmp_path)
+    auto.extensions[0]._full_name = "lorakern._native"
+    auto.build_extensions()
+    assert built and not [s for s in built if s.endswith(".cu")]
+    assert auto.extensions[0]._full_name == "lorakern._native"
+    assert "no CUDA kernels, the build failed: the detected CUDA" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="LORAKERN_BUILD=cuda: the build failed: the detected"):
+        command(build, "cuda", tmp_path).build_extensions()
+
+
+def test_what_was_compiled_for_another_torch_is_compiled_again(build, monkeypatch, tmp_path):
+    monkeypatch.setattr(cpp_extension.BuildExtension, "build_extensions", lambda self: None)
+    compiled = tmp_path / "temp" / "csrc" / "arena.o"
+
+    def is_forced(version):
+        monkeypatch.setattr(torch, "__version__", version)
+        again = command(build, "auto", tmp_path / "temp")
+        again.build_extensions()
+        kept = compiled.exists()
+        compiled.parent.mkdir(exist_ok=True)
+        compiled.touch()
+        assert kept != again.force
+        return again.force
+
+    versions = "2.13.0", "2.13.0", "2.14.1", "2.14.1", "2.13.0"
+    assert [is_forced(v) for v in versions] == [True, False, True, False, True]
 
 
 def test_the_instruction_set_can_be_named(build, monkeypatch):
