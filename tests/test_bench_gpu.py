@@ -165,6 +165,7 @@ def test_a_gpu_decides_what_is_built(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    monkeypatch.setattr(gpu, "built", lambda device: False)
     options = gpu._parse(["--results", str(tmp_path)])
     made = gpu._environment(torch.device(options.device))
     assert (made["LORAKERN_BUILD"], made["TORCH_CUDA_ARCH_LIST"]) == ("cuda", "9.0")

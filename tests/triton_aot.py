@@ -25,8 +25,8 @@ from triton.runtime.jit import JITFunction
 # the most shared memory of one program, in bytes; CUDA C++ Programming Guide, compute capabilities
 SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 MATRIX = {80: "mma.sync", 89: "mma.sync", 90: "wgmma", 100: "tcgen05.mma", 120: "mma.sync"}
-# bytes of stack that are no spill: the assembler of Triton 3.6 puts up to 8 registers there
-STACK = 32 if triton.__version__.startswith("3.6.") else 0
+# bytes of stack that pass: the assemblers of these versions put up to 8 and up to 2 registers there
+STACK = {"3.6": 32, "3.8": 8}.get(triton.__version__[:3], 0)
 # without a product of matrices
 PLAIN = {"_sum_slices_kernel", "_kron_delta_kernel", "_kron_sums_kernel"}
 # family of tiles and number of multiprocessors; sm_120 shares sm_89's tiles and instructions
