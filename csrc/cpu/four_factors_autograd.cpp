@@ -7,6 +7,7 @@
 #include <torch/library.h>
 
 #include "four_factors.h"
+#include "../check.h"
 #include "../once.h"
 
 namespace lorakern {
@@ -50,7 +51,13 @@ struct FourFactors : torch::autograd::Function<FourFactors<Op>> {
   static at::Tensor call(const at::Tensor& x, const at::Tensor& weight, const Maybe& bias,
                          const at::Tensor& a, const Maybe& b, const at::Tensor& c, const Maybe& d,
                          double scale, const Maybe& gain) {
-    return FourFactors::apply(x, a, b, c, d, gain, weight, bias, scale);
+    TORCH_CHECK_VALUE(!weight.requires_grad() && !(bias && bias->requires_grad()),
+                      "weight and bias are frozen here");
+    TORCH_CHECK_VALUE(x.is_floating_point(), "x: want a floating-point tensor, got ",
+                      x.scalar_type());
+    for (const at::Tensor& t : {weight, a, b.value_or(a), c, d.value_or(c)})
+      TORCH_CHECK_VALUE(t.dim() == 2, "weight and factors: want matrices, got ", t.sizes());
+    return FourFactors::apply(x.contiguous(), a, b, c, d, gain, weight, bias, scale);
   }
 };
 

@@ -80,7 +80,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> hada_delta_bwd_cpu(
         sums.add(o_tile, i_tile, o, rows, i, cols, g.data(), cols);
       }
     });
-    grads = sums.total(needs.data(), up1.options());
+    grads = sums.template total<scalar_t>(needs.data(), up1.options());
   });
   return {grads[0], grads[1], grads[2], grads[3]};
 }

@@ -108,7 +108,7 @@ std::array<at::Tensor, 4> factor_gradients(const Update& update, const at::Tenso
   } else {
     outer_tiles<scalar_t, kPairsOf<scalar_t>>(tiles, data<scalar_t>(dy), data<scalar_t>(x), M, add);
   }
-  return sums.total(needs, x.options());
+  return sums.template total<scalar_t>(needs, x.options());
 }
 
 void check(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& down1,

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "linear.h"
+#include "parts.h"
 
 namespace lorakern {
 
@@ -190,16 +191,17 @@ struct HadaGradients {
     }
   }
 
-  // (down1, up1, down2, up2), each in `like`'s dtype where it is wanted, else empty
+  // (down1, up1, down2, up2), each in scalar_t where it is wanted, else empty
+  template <typename scalar_t>
   std::array<at::Tensor, 4> total(const bool* needs, at::TensorOptions like) const {
     std::array<at::Tensor, 4> grads;
     for (int k = 0; k < 2; ++k) {
       const int64_t R = k == 0 ? h.first.R : h.second.R;
       const auto finish = [&](bool need, const at::Tensor& parts, int64_t cols) {
         if (!need) return at::empty({0}, like);
-        at::Tensor sum = parts[0].clone();
-        for (int64_t part = 1; part < parts.size(0); ++part) sum.add_(parts[part]);
-        return sum.narrow(1, 0, cols).contiguous().to(like.dtype());
+        return sum_of_parts<scalar_t, acc_t>(parts.const_data_ptr<acc_t>(), parts.size(0),
+                                             parts.stride(0), parts.size(1), parts.size(2), cols,
+                                             1, like);
       };
       grads[2 * k] = finish(needs[2 * k], down_parts[k], h.I);
       grads[2 * k + 1] = finish(needs[2 * k + 1], up_parts[k], R);

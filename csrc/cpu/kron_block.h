@@ -10,6 +10,7 @@
 #include "block_product.h"
 #include "dots.h"
 #include "kron.h"
+#include "parts.h"
 
 namespace lorakern {
 
@@ -97,10 +98,14 @@ struct KronBackward : Block<scalar_t, kPairs> {
   static int64_t dc_size(const Kron<acc_t>& f) {
     return f.A * (has_dots(f) ? f.B * kWidth<acc_t> : padded<acc_t>(f.B));
   }
-  // [A, B] of sums in that layout
-  static at::Tensor dc_of(const Kron<acc_t>& f, const at::Tensor& sums) {
-    if (has_dots(f)) return sums.view({f.A, f.B, -1}).sum(-1);
-    return sums.view({f.A, -1}).narrow(1, 0, f.B);
+  // times · the sum of `count` parts in that layout, as [A, B]
+  static at::Tensor dc_of(const Kron<acc_t>& f, const acc_t* parts, int64_t count, acc_t times,
+                          const at::TensorOptions& like) {
+    const int64_t size = dc_size(f);
+    if (!has_dots(f))
+      return sum_of_parts<acc_t>(parts, count, size, f.A, size / f.A, f.B, times, like);
+    const at::Tensor dots = sum_of_parts<acc_t>(parts, count, size, 1, size, size, times, like);
+    return dots.view({f.A, f.B, -1}).sum(-1);
   }
   static int64_t dd_size(const Kron<acc_t>& f) {
     return f.R ? f.P * padded<acc_t>(f.R) + f.R * padded<acc_t>(f.Q) : f.P * padded<acc_t>(f.Q);

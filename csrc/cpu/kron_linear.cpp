@@ -29,8 +29,14 @@ void check(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& c_up
   check_like(weight, "weight", x);
   check_like(c_up, "c_up", x);
   check_like(d_up, "d_up", x);
-  if (c_down) check_like(*c_down, "c_down", x);
-  if (d_down) check_like(*d_down, "d_down", x);
+  if (c_down) {
+    check_shape(*c_down, "c_down", {c_up.size(1), B});
+    check_like(*c_down, "c_down", x);
+  }
+  if (d_down) {
+    check_shape(*d_down, "d_down", {d_up.size(1), Q});
+    check_like(*d_down, "d_down", x);
+  }
 }
 
 // Whether the base product is torch's: where that suits LoRA too, and on Intel's cores wherever a
@@ -55,6 +61,14 @@ std::pair<at::Tensor, at::Tensor> rounded(const Kron<float>& f) {
 }
 #endif
 
+// C times s
+template <typename acc_t>
+std::vector<acc_t> scaled(const Kron<acc_t>& f, double scale) {
+  std::vector<acc_t> c(f.C(), f.C() + f.A * f.B);
+  for (acc_t& value : c) value *= static_cast<acc_t>(scale);
+  return c;
+}
+
 // runs run(op) with the forward op of these operands
 template <typename scalar_t, typename Run>
 void with_forward(const LowRank<scalar_t>& p, const Kron<at::opmath_type<scalar_t>>& f,
@@ -71,11 +85,11 @@ void with_forward(const LowRank<scalar_t>& p, const Kron<at::opmath_type<scalar_
     }
   }
 #endif
-  const at::Tensor c = f.c * scale;
+  const auto c = scaled(f, scale);
   Inner<acc_t> turned(f, true);
   with_pairs<scalar_t>(p.K, [&](auto pairs) {
     using Op = KronForward<scalar_t, pairs.value>;
-    Op op{{p}, f, c.const_data_ptr<acc_t>(), turned, adds};
+    Op op{{p}, f, c.data(), turned, adds};
     const Rows rows = rows_of(op);
     op.most = kron_run(f, rows);
     op.room_size = Op::size(f, op.most) + kSlack<acc_t>;
@@ -169,45 +183,40 @@ SixTensors kron_linear_bwd_cpu(const at::Tensor& dy, const at::Tensor& x, const 
       return;
     }
     using Sums = KronBackward<scalar_t, false>;
-    const int64_t Rp = padded<acc_t>(f.R);
     const int64_t dc_size = Sums::dc_size(f), dd_size = Sums::dd_size(f);
-    const at::Tensor c = f.c * scale;
+    const auto c = scaled(f, scale);
     Inner<acc_t> straight(f, false);
     std::optional<Panels<acc_t>> turned_down;
     if (f.R) turned_down.emplace(f.d_down.const_data_ptr<acc_t>(), true, f.Q, f.R);
-    at::Tensor parts_c = scratch<acc_t>(dc_size, x.options()).zero_(),
-               parts_d = scratch<acc_t>(dd_size, x.options()).zero_();
+    int64_t slots = 0;
+    at::Tensor parts_c = scratch<acc_t>(0, x.options()), parts_d = parts_c;
     if (M > 0 && (needs[0] || need_dc || need_dd)) {
       with_pairs<scalar_t>(gain ? 1 : O, [&](auto pairs) {
         using Op = KronBackward<scalar_t, pairs.value>;
         const Rows rows(M, pairs.value ? O / 2 : O, sizeof(acc_t), M * O * I);
         const int64_t most = kron_run(f, rows), size = Op::size(f, most) + kSlack<acc_t>;
         at::Tensor room = scratch<acc_t>(rows.slots * size, x.options());
-        parts_c = scratch<acc_t>(rows.slots * dc_size, x.options()).zero_();
-        parts_d = scratch<acc_t>(rows.slots * dd_size, x.options()).zero_();
-        Op op{{p}, f, data<scalar_t>(x), c.const_data_ptr<acc_t>(), straight,
+        slots = rows.slots;
+        parts_c = scratch<acc_t>(slots * dc_size, x.options()).zero_();
+        parts_d = scratch<acc_t>(slots * dd_size, x.options()).zero_();
+        Op op{{p}, f, data<scalar_t>(x), c.data(), straight,
               turned_down ? &*turned_down : nullptr,
               needs[0], need_dc, need_dd, adds, room.mutable_data_ptr<acc_t>(),
               parts_c.mutable_data_ptr<acc_t>(), parts_d.mutable_data_ptr<acc_t>(), size, most};
         run_kron(op, rows);
       });
     }
-    const auto total = [](const at::Tensor& parts, int64_t size) {
-      const at::Tensor all = parts.view({-1, size});
-      at::Tensor sum = all[0].clone();
-      for (int64_t i = 1; i < all.size(0); ++i) sum.add_(all[i]);
-      return sum;
+    const auto part_of_dd = [&](int64_t from, int64_t rows, int64_t cols) {
+      return sum_of_parts<acc_t>(parts_d.const_data_ptr<acc_t>() + from, slots, dd_size, rows,
+                                 padded<acc_t>(cols), cols, acc_t(1), x.options());
     };
-    const auto matrix = [](const at::Tensor& flat, int64_t rows, int64_t cols) {
-      return flat.view({rows, padded<acc_t>(cols)}).narrow(1, 0, cols);
-    };
-    dc = Sums::dc_of(f, total(parts_c, dc_size)) * scale;
-    const at::Tensor sum = total(parts_d, dd_size);
+    if (need_dc)
+      dc = Sums::dc_of(f, parts_c.const_data_ptr<acc_t>(), slots, scale, x.options());
+    if (!need_dd) return;
     if (f.R) {
-      dd = {matrix(sum.narrow(0, 0, f.P * Rp), f.P, f.R),
-            matrix(sum.narrow(0, f.P * Rp, dd_size - f.P * Rp), f.R, f.Q)};
+      dd = {part_of_dd(0, f.P, f.R), part_of_dd(f.P * padded<acc_t>(f.R), f.R, f.Q)};
     } else {
-      dd = {matrix(sum, f.P, f.Q)};
+      dd = {part_of_dd(0, f.P, f.Q)};
     }
   });
   // one each: results must not share memory
@@ -217,12 +226,14 @@ SixTensors kron_linear_bwd_cpu(const at::Tensor& dy, const at::Tensor& x, const 
   };
   const auto back = [&](const at::Tensor& dwhole, const at::Tensor& up,
                         const std::optional<at::Tensor>& down, const bool* need) {
+    if (!need[0] && !need[1]) return std::pair(none(), none());
     const auto type = dwhole.scalar_type();
     const at::Tensor dup = need[0] && down ? at::matmul(dwhole, down->to(type).t()) : dwhole;
     const at::Tensor ddown = need[1] && down ? at::matmul(up.to(type).t(), dwhole) : none();
     return std::pair(rounded(need[0], dup), rounded(need[1], ddown));
   };
   const auto [dc_up, dc_down] = back(dc, c_up, c_down, &needs[1]);
+  dd.resize(std::max<size_t>(1, dd.size()));
   const auto [dd_up, dd_down] =
       dd.size() == 2 ? std::pair(rounded(needs[3], dd[0]), rounded(needs[4], dd[1]))
                      : back(dd[0], d_up, d_down, &needs[3]);

@@ -32,10 +32,11 @@ class FourFactors:
     Args:
         fwd, bwd: the op's directions.
         whole: name of the native function that is both of cpp.
+        refuse: takes (x, weight, bias, gain, *factors); raises ValueError on what does not fit.
     """
 
-    def __init__(self, fwd: backend.Op, bwd: backend.Op, whole: str):
-        self.fwd, self.bwd, self.whole = fwd, bwd, whole
+    def __init__(self, fwd: backend.Op, bwd: backend.Op, whole: str, refuse: Callable):
+        self.fwd, self.bwd, self.whole, self.refuse = fwd, bwd, whole, refuse
         # by dtype of a CPU tensor; cpp does not refuse by shape, so a dtype decides
         self._whole: dict[torch.dtype, Callable | None] = backend.memory_of_picks()
 
@@ -43,12 +44,19 @@ class FourFactors:
         self, x: Tensor, weight: Tensor, bias: Tensor | None, factors: tuple[Tensor | None, ...],
         scale: float | Tensor, gain: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        x = x.contiguous()
+        asked = x, weight, bias, gain, *factors
         if x.is_cpu and not isinstance(scale, Tensor) and not torch.compiler.is_compiling():
             args = x, weight, bias, *factors, scale, gain
             if x.dtype not in self._whole:
+                self.refuse(*asked)
                 self._whole[x.dtype] = backend.whole(self.fwd, self.bwd, self.whole, *args)
             if run := self._whole[x.dtype]:
-                return run(*args)
-        live = check.live(scale)
+                try:
+                    return run(*args)
+                except (ValueError, IndexError):
+                    # it looks faster than this, and says less
+                    self.refuse(*asked)
+                    raise
+        self.refuse(*asked)
+        live, x = check.live(scale), x.contiguous()
         return _FourFactors.apply(self.fwd, self.bwd, x, weight, bias, *factors, gain, live)

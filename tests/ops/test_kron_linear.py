@@ -8,6 +8,7 @@ import torch
 from linear_ops import check_compiles_once, check_needs, check_saves_only_inputs, detached, name
 from linear_ops import lost_shares as lost_in
 
+from lorakern import backend
 from lorakern.functional import kron_linear
 from lorakern.ops.check import wide
 from lorakern.ops.kron_linear import reference
@@ -165,14 +166,24 @@ WRONG = {
     "mixed devices": lambda a: [a[0], a[1].to("meta"), *a[2:]],
     r"want gain \[14\], got \[1, 14\]": lambda a: [*a[:8], torch.zeros(1, 14)],
     "weight and bias are frozen": lambda a: [a[0], a[1].requires_grad_(), *a[2:]],
+    "weight and bias are frozen here; call": lambda a: [*a[:2], a[2].requires_grad_(), *a[3:]],
+    "want floating-point tensors, got torch.int64": lambda a: [
+        *(t if t is None or isinstance(t, float) else t.long() for t in a[:8]),
+        None,
+    ],
+    r"want bias \[14\], got \[13\]": lambda a: [*a[:2], torch.zeros(13), *a[3:]],
 }
 
 
+@pytest.mark.parametrize("way", [None, "reference"])
 @pytest.mark.parametrize("message", WRONG)
-def test_a_wrong_input_is_named(message):
+def test_a_wrong_input_is_named(message, way):
     args = detached(inputs(((3,), (2, 5), (7, 3), None, 2), torch.float32))
-    with pytest.raises(ValueError, match=message):
-        kron_linear(*WRONG[message](args))
+    with backend.use(way):
+        # the native function looks first where one of this dtype has run
+        kron_linear(*args)
+        with pytest.raises(ValueError, match=message):
+            kron_linear(*WRONG[message](args))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=name)

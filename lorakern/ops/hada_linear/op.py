@@ -36,7 +36,19 @@ _bwd = backend.define(
 )
 
 
-_run = FourFactors(_fwd, _bwd, "hada_linear_cpu")
+def _refuse(x, weight, bias, gain, down1, up1, down2, up2) -> None:
+    check.frozen_linear(x, weight, bias, gain, down1=down1, up1=up1, down2=down2, up2=up2)
+    check.matrices(down1=down1, down2=down2)
+    (out_features, in_features), first, second = weight.shape, down1.shape[0], down2.shape[0]
+    check.shapes(
+        down1=(down1, [first, in_features]),
+        up1=(up1, [out_features, first]),
+        down2=(down2, [second, in_features]),
+        up2=(up2, [out_features, second]),
+    )
+
+
+_run = FourFactors(_fwd, _bwd, "hada_linear_cpu", _refuse)
 
 
 def hada_linear(
@@ -74,14 +86,4 @@ def hada_linear(
 
     Source: Hyeon-Woo et al. 2022, arXiv:2108.06098; Yeh et al. 2023, arXiv:2309.14859.
     """
-    factors = (down1, up1, down2, up2)
-    check.frozen_linear(x, weight, bias, gain, down1=down1, up1=up1, down2=down2, up2=up2)
-    check.matrices(down1=down1, down2=down2)
-    (out_features, in_features), first, second = weight.shape, down1.shape[0], down2.shape[0]
-    check.shapes(
-        down1=(down1, [first, in_features]),
-        up1=(up1, [out_features, first]),
-        down2=(down2, [second, in_features]),
-        up2=(up2, [out_features, second]),
-    )
-    return _run(x, weight, bias, factors, scale, gain)
+    return _run(x, weight, bias, (down1, up1, down2, up2), scale, gain)

@@ -47,7 +47,27 @@ _bwd = backend.define(
 )
 
 
-_run = FourFactors(_fwd, _bwd, "kron_linear_cpu")
+def _refuse(x, weight, bias, gain, c_up, c_down, d_up, d_down) -> None:
+    factors = dict(c_up=c_up, c_down=c_down, d_up=d_up, d_down=d_down)
+    check.frozen_linear(x, weight, bias, gain, **factors)
+    check.matrices(**factors)
+    for name, up, down in (("c", c_up, c_down), ("d", d_up, d_down)):
+        if down is not None and up.shape[1] != down.shape[0]:
+            raise ValueError(
+                f"{name}_up {list(up.shape)} and {name}_down {list(down.shape)} share no rank"
+            )
+    sizes = [
+        [up.shape[0], (up if down is None else down).shape[1]]
+        for up, down in ((c_up, c_down), (d_up, d_down))
+    ]
+    made = [c * d for c, d in zip(*sizes, strict=True)]
+    if made != list(weight.shape):
+        raise ValueError(
+            f"C {sizes[0]} and D {sizes[1]} multiply to {made}, weight is {list(weight.shape)}"
+        )
+
+
+_run = FourFactors(_fwd, _bwd, "kron_linear_cpu", _refuse)
 
 
 def kron_linear(
@@ -85,21 +105,4 @@ def kron_linear(
 
     Source: Yeh et al. 2023, arXiv:2309.14859.
     """
-    factors = dict(c_up=c_up, c_down=c_down, d_up=d_up, d_down=d_down)
-    check.frozen_linear(x, weight, bias, gain, **factors)
-    check.matrices(**factors)
-    for name, up, down in (("c", c_up, c_down), ("d", d_up, d_down)):
-        if down is not None and up.shape[1] != down.shape[0]:
-            raise ValueError(
-                f"{name}_up {list(up.shape)} and {name}_down {list(down.shape)} share no rank"
-            )
-    sizes = [
-        [up.shape[0], (up if down is None else down).shape[1]]
-        for up, down in ((c_up, c_down), (d_up, d_down))
-    ]
-    made = [c * d for c, d in zip(*sizes, strict=True)]
-    if made != list(weight.shape):
-        raise ValueError(
-            f"C {sizes[0]} and D {sizes[1]} multiply to {made}, weight is {list(weight.shape)}"
-        )
-    return _run(x, weight, bias, tuple(factors.values()), scale, gain)
+    return _run(x, weight, bias, (c_up, c_down, d_up, d_down), scale, gain)
