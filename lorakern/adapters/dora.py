@@ -48,8 +48,8 @@ class Dora:
     ) -> Tensor:
         """W' - W in the weight's shape; all in the dtype of the sums."""
         v = weight + delta
-        norm = self.norm(v.detach() if self.detach else v)
-        more = self._gain_less_one(norm, magnitude, multiplier)
+        divisor = self._divisor(self.norm(v.detach() if self.detach else v))
+        more = multiplier * (magnitude / divisor - 1)
         shape = [-1] + [1] * (v.dim() - 1) if self.on_output else [-1] + [1] * (v.dim() - 2)
         return more.view(shape) * v + delta
 
@@ -71,24 +71,28 @@ class Dora:
         """
         wide = layers.widest(weight.dtype)
 
-        def norm() -> Tensor:
+        def divisor() -> Tensor:
             w = weight.to(wide).flatten(1)
             squares = self._squares.of([weight], None, lambda: w.square().sum(1))
             cross, square = terms(w)
             # a row may cancel to 0, and its square to a little less
-            return (squares + 2 * scale * cross + scale * scale * square).clamp_min(0).sqrt()
+            square = squares + 2 * scale * cross + scale * scale * square
+            return self._divisor(square.clamp_min(0).sqrt())
 
         if self.detach:
             with torch.no_grad():
-                made = self._norm.of([weight, *factors], scale, norm)
+                made = self._norm.of([weight, *factors], scale, divisor)
         else:
-            made = norm()
-        return 1 + self._gain_less_one(made, magnitude.to(wide), multiplier)
+            made = divisor()
+        ratio = magnitude.to(wide) / made
+        if not isinstance(multiplier, Tensor) and multiplier == 1:
+            # the same, in three operations less
+            return ratio
+        return 1 + multiplier * (ratio - 1)
 
-    def _gain_less_one(self, norm, magnitude, multiplier) -> Tensor:
+    def _divisor(self, norm: Tensor) -> Tensor:
         # a row of zeros has no direction for a magnitude to scale
-        ratio = magnitude / torch.where(norm > 0, norm + self.eps, torch.inf)
-        return multiplier * (ratio - 1)
+        return torch.where(norm > 0, norm + self.eps, torch.inf)
 
 
 class _Kept:
