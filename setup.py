@@ -10,9 +10,9 @@ LORAKERN_ARCH: instruction set of a portable wheel (x86-64-v3, armv8.2-a, ...); 
 import os
 import platform
 import shutil
+import subprocess
 import sys
 from glob import glob
-from pathlib import Path
 
 from setuptools import setup
 from setuptools.errors import CompileError, LinkError, PlatformError
@@ -24,6 +24,13 @@ def compile_flags(arch: str | None) -> list[str]:
     native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
     openmp = ["-fopenmp"] if sys.platform == "linux" else []
     return ["-O3", "-g0", f"-march={arch}" if arch else native, *openmp]
+
+
+def loads(library: str) -> bool:
+    """Whether this library loads beside torch; asked elsewhere, for here it would stay loaded."""
+    load = "import ctypes, sys, torch; ctypes.CDLL(sys.argv[1])"
+    tried = subprocess.run([sys.executable, "-c", load, library], stderr=subprocess.DEVNULL)
+    return tried.returncode == 0
 
 
 def give_up(mode: str, reason: str) -> dict:
@@ -64,12 +71,10 @@ def extension(mode: str) -> dict:
 
     class Build(cpp_extension.BuildExtension):
         def build_extensions(self):
-            # what was compiled for another torch does not load beside this one
-            made_for = Path(self.build_temp, "torch.txt")
-            if not made_for.exists() or made_for.read_text() != torch.__version__:
+            there = self.get_ext_fullpath(native.name)
+            if os.path.exists(there) and not loads(there):
+                # compiled for another torch, and so is what it was linked of
                 shutil.rmtree(self.build_temp, ignore_errors=True)
-                made_for.parent.mkdir(parents=True)
-                made_for.write_text(torch.__version__)
                 self.force = True
             try:
                 super().build_extensions()

@@ -75,11 +75,13 @@ def test_without_torch_auto_installs_pure_python_and_says_so(build, monkeypatch,
         build.extension("cpu")
 
 
-def command(build, mode, build_temp):
-    """build_ext as setuptools has it when it begins to compile."""
+def command(build, mode, folder):
+    """build_ext as setuptools has it when it begins to compile into this folder."""
     made = build.extension(mode)
     command = object.__new__(made["cmdclass"]["build_ext"])
-    command.extensions, command.build_temp, command.force = made["ext_modules"], build_temp, False
+    command.extensions, command.force = made["ext_modules"], False
+    command.build_temp = folder / "temp"
+    command.get_ext_fullpath = lambda name: str(folder / "made.so")
     return command
 
 
@@ -119,22 +121,23 @@ def test_where_cuda_does_not_build_auto_builds_the_cpu_part(build, monkeypatch, 
         command(build, "cuda", tmp_path).build_extensions()
 
 
-def test_what_was_compiled_for_another_torch_is_compiled_again(build, monkeypatch, tmp_path):
+def test_what_does_not_load_is_compiled_again_and_whole(build, monkeypatch, tmp_path):
     monkeypatch.setattr(cpp_extension.BuildExtension, "build_extensions", lambda self: None)
-    compiled = tmp_path / "temp" / "csrc" / "arena.o"
+    object_file, other = tmp_path / "temp" / "arena.o", tmp_path / "made.so"
 
-    def is_forced(version):
-        monkeypatch.setattr(torch, "__version__", version)
-        again = command(build, "auto", tmp_path / "temp")
+    def is_forced(made):
+        object_file.parent.mkdir(exist_ok=True)
+        object_file.touch()
+        again = command(build, "auto", tmp_path)
+        again.get_ext_fullpath = lambda name: str(made)
         again.build_extensions()
-        kept = compiled.exists()
-        compiled.parent.mkdir(exist_ok=True)
-        compiled.touch()
-        assert kept != again.force
+        assert object_file.exists() != again.force
         return again.force
 
-    versions = "2.13.0", "2.13.0", "2.14.1", "2.14.1", "2.13.0"
-    assert [is_forced(v) for v in versions] == [True, False, True, False, True]
+    assert not is_forced(other)
+    other.write_bytes(b"not a library")
+    assert is_forced(other)
+    assert not is_forced(torch._C.__file__)
 
 
 def test_the_instruction_set_can_be_named(build, monkeypatch):
