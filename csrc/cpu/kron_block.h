@@ -103,7 +103,7 @@ struct KronBackward : Block<scalar_t, kPairs> {
                           const at::TensorOptions& like) {
     const int64_t size = dc_size(f);
     if (!has_dots(f))
-      return sum_of_parts<acc_t>(parts, count, size, f.A, size / f.A, f.B, times, like);
+      return sum_of_parts<acc_t>(parts, count, size, f.A, padded<acc_t>(f.B), f.B, times, like);
     const at::Tensor dots = sum_of_parts<acc_t>(parts, count, size, 1, size, size, times, like);
     return dots.view({f.A, f.B, -1}).sum(-1);
   }

@@ -164,7 +164,7 @@ SixTensors kron_linear_bwd_cpu(const at::Tensor& dy, const at::Tensor& x, const 
   if (adds) torch_product(dx, dy, w);
   at::Tensor dc;
   // dD, or dd_up and dd_down
-  std::vector<at::Tensor> dd;
+  std::vector<at::Tensor> dd(1);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "kron_linear", [&] {
     using acc_t = at::opmath_type<scalar_t>;
     const auto f = kron<scalar_t>(c_up, c_down, d_up, d_down);
@@ -233,7 +233,6 @@ SixTensors kron_linear_bwd_cpu(const at::Tensor& dy, const at::Tensor& x, const 
     return std::pair(rounded(need[0], dup), rounded(need[1], ddown));
   };
   const auto [dc_up, dc_down] = back(dc, c_up, c_down, &needs[1]);
-  dd.resize(std::max<size_t>(1, dd.size()));
   const auto [dd_up, dd_down] =
       dd.size() == 2 ? std::pair(rounded(needs[3], dd[0]), rounded(needs[4], dd[1]))
                      : back(dd[0], d_up, d_down, &needs[3]);

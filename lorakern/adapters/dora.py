@@ -86,7 +86,7 @@ class Dora:
             made = divisor()
         ratio = magnitude.to(wide) / made
         if not isinstance(multiplier, Tensor) and multiplier == 1:
-            # the same, in three operations less
+            # three operations less, and nothing is lost of a small ratio
             return ratio
         return 1 + multiplier * (ratio - 1)
 
