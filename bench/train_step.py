@@ -24,6 +24,7 @@ import lorakern
 from bench import check, peers, record, timing, usage
 from bench.ops import hada_linear, kron_linear
 from lorakern.adapters import lokr_shapes
+from lorakern.devices import keep_freed_memory
 
 SD15 = {"cross_attention_dim": 768}
 SDXL = {
@@ -82,6 +83,8 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     device = torch.device(options.device)
+    # as lorakern's trainer does; it serves every arm
+    keep_freed_memory(device)
     for gone in record.missing():
         print(f"not timed, for it is not installed: {gone}")
     rows = measure(options, device)

@@ -17,7 +17,7 @@ from lorakern import cache, checkpoint, data, diffusion, graphed, methods, model
 from lorakern.arena import FlatAdamW
 from lorakern.average import Average
 from lorakern.config import Config
-from lorakern.devices import autocast, bf16, device_of
+from lorakern.devices import autocast, bf16, device_of, keep_freed_memory
 from lorakern.methods.base import Method
 from lorakern.monitor import progress, write_bad
 
@@ -34,6 +34,7 @@ def prepare(config: Config, *, bar: bool) -> "Run":
             raise ValueError(f"{name} {path} lies in the data folder {config.data}; choose another")
     method = methods.make(config)
     device = device_of(config.device)
+    keep_freed_memory(device)
     graphed.check(config, device, method)
     examples, bad = data.find(config.data, config.caption)
     method.check(models.read_index(config.model), examples)
