@@ -12,6 +12,7 @@
 #include "../check.h"
 #include "add_update.h"
 #include "block_product.h"
+#include "few_rows.h"
 
 namespace lorakern {
 
@@ -95,13 +96,22 @@ inline bool by_torch(const at::Tensor& a, int64_t M, int64_t K, int64_t N, bool 
   return M <= (backward ? 128 : 256) && K * N >= 1 << 19;
 }
 
-// out = a W, or a W + bias, or out + a W
+// out = a W, or a W + bias, or out + a W: torch's product, or where it is not at its best and rows are
+// few (few_rows.h) ours
 inline void torch_product(const at::Tensor& out, const at::Tensor& a, const at::Tensor& w,
                           const at::Tensor& bias = {}, bool add = false) {
   const at::AutoDispatchBelowADInplaceOrView below;
-  const int64_t K = w.size(0), M = a.numel() / K;
-  at::Tensor out_MN = out.view({M, w.size(1)});
+  const int64_t K = w.size(0), N = w.size(1), M = a.numel() / K;
+  at::Tensor out_MN = out.view({M, N});
   const at::Tensor a_MK = a.view({M, K});
+  const bool transposed = !w.is_contiguous();
+  if (!fast_torch() && M > 1 && M <= kFewRows && a.scalar_type() == at::kFloat &&
+      a_MK.is_contiguous() && (!transposed || w.t().is_contiguous())) {
+    float* const to = out.mutable_data_ptr<float>();
+    const FewRows p{M, K, N, data<float>(a), data<float>(w), data_or_null<float>(bias),
+                    add ? to : nullptr, to};
+    return transposed ? few_rows_transposed(p) : few_rows_plain(p);
+  }
   if (!add && !bias.defined()) {
     at::mm_out(out_MN, a_MK, w);
   } else {

@@ -213,11 +213,26 @@ def test_blocks_of_rows_beside_a_weight_of_odd_sides(dtype, needs, gained):
 
 @pytest.mark.parametrize("needs", list(itertools.product([True, False], repeat=3)))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=lambda d: str(d)[6:])
-def test_few_rows_beside_a_large_weight(dtype, needs):
-    """A weight of over 2^19 values is not packed for them: the base product is torch's."""
-    dy, x, weight, bias, down, up = make(70, 750, 704, 5, dtype)
+@pytest.mark.parametrize("shape", [(70, 750, 704, 5), (16, 4100, 131, 3), (7, 131, 4103, 2)],
+                         ids=str)  # fmt: skip
+def test_few_rows_beside_a_large_weight(shape, dtype, needs):
+    """A weight of over 2^19 values is not packed for them: the base product is made before."""
+    dy, x, weight, bias, down, up = make(*shape, dtype)
     args = (x, weight, bias if needs[0] else None, down, up, 0.7, None)
     h = reference.lora_linear_fwd(*args)[1]
     check_every_kernel("lora_linear_fwd", args)
     args = (dy, x, h, weight, down, up, 0.7, None, [*needs, False])
     check_every_kernel("lora_linear_bwd", args)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 16, 17])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_few_rows_on_any_number_of_threads(count, rows, threads):
+    threads(count)
+    dy, x, weight, bias, down, up = make(rows, 1031, 1033, 4)
+    for scale in (0.0, 0.7):
+        args = (x, weight, bias, down, up, scale, None)
+        check_every_kernel("lora_linear_fwd", args, "cpp")
+        h = reference.lora_linear_fwd(*args)[1]
+        args = (dy, x, h, weight, down, up, scale, None, [True, True, True, False])
+        check_every_kernel("lora_linear_bwd", args, "cpp")
