@@ -1,6 +1,7 @@
 """The same adapted layer built by each library, on one shared frozen weight and equal factors."""
 
 import contextlib
+import copy
 import importlib
 import io
 from collections.abc import Callable
@@ -88,6 +89,14 @@ def compiled(layers: dict[str, Layer]) -> dict[str, Layer]:
         f"{name} compiled": replace(layers[name], call=torch.compile(layers[name].call))
         for name in names[-1:]
     }
+
+
+def accelerated(model: nn.Module, but: list[str]) -> dict[str, nn.Module]:
+    """Copies, by path, of the frozen layers that run on lorakern's kernels, `but` for these."""
+    found = {path: m for path, m in model.named_modules() if path not in but}
+    copies = {p: copy.copy(m) for p, m in found.items() if type(m) in (nn.Linear, nn.Conv2d)}
+    lorakern.accelerate_frozen(nn.ModuleList(copies.values()))
+    return {path: layer for path, layer in copies.items() if type(layer) is not type(found[path])}
 
 
 def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

@@ -13,7 +13,7 @@ import contextlib
 import copy
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -65,12 +65,14 @@ class Arm:
     """The layers that an arm puts into the UNet, by path, and the factors that it trains.
 
     compiled: the UNet under torch.compile, for an arm that calls it so.
+    frozen: layers of its own in the place of others that train nothing.
     """
 
     places: dict[str, nn.Module]
     factors: list[nn.Parameter]
     optimizer: torch.optim.Optimizer | None = None
     compiled: Callable | None = None
+    frozen: dict[str, nn.Module] = field(default_factory=dict)
 
     def __post_init__(self):
         if self.factors and self.optimizer is None:
@@ -201,6 +203,7 @@ def _build(name: str, unet: nn.Module, paths: list[str], algo: str, rank: int) -
         }
         places = {path: layer.call for path, layer in made.items()}
         return Arm(places, [f for layer in made.values() for f in layer.factors])
+    frozen = peers.accelerated(unet, paths)
     with _placed(unet, plain):
         which, options = 0 if name == "lorakern" else 1, next(iter(chosen.values())).options
         if name == "lorakern":
@@ -216,7 +219,7 @@ def _build(name: str, unet: nn.Module, paths: list[str], algo: str, rank: int) -
     ]
     optimizer = lorakern.FlatAdamW(factors) if name == "lorakern" else None
     compiled = torch.compile(unet.forward) if name.endswith("compiled") else None
-    return Arm(places, factors, optimizer, compiled)
+    return Arm(places, factors, optimizer, compiled, frozen if name == "lorakern" else {})
 
 
 def _algorithm(algo: str, layer: nn.Module, rank: int) -> peers.Algorithm:
@@ -282,7 +285,7 @@ def _loss(unet: Callable, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def _step(unet: nn.Module, arm: Arm, batch: Batch) -> None:
-    with _placed(unet, arm.places):
+    with _placed(unet, arm.places | arm.frozen):
         _loss(arm.compiled or unet, batch)[0].backward()
     if arm.optimizer:
         arm.optimizer.step()
@@ -311,7 +314,7 @@ def _check(
             continue
         for factor, value in zip(arm.factors, values, strict=True):
             factor.data.copy_(value)
-        with _placed(unet, arm.places):
+        with _placed(unet, arm.places | arm.frozen):
             loss, prediction = _loss(arm.compiled or unet, batch)
             loss.backward()
         off = distance(prediction, want)
@@ -359,7 +362,7 @@ def _usage(unet: nn.Module, arm: Arm, batch: Batch) -> dict[str, float | int]:
     def step() -> None:
         _step(unet, arm, batch)
 
-    with _placed(unet, arm.places):
+    with _placed(unet, arm.places | arm.frozen):
         known = [*unet.parameters(), *unet.buffers(), *arm.factors]
         saved = usage.saved_bytes(lambda: _loss(arm.compiled or unet, batch), known)
     return {

@@ -27,6 +27,7 @@ void define(pybind11::module_& m, const char* name) {
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
+  define<T, T, Maybe>(m, "frozen_linear_cpu");
   define<T, T, Maybe, T, T, double, Maybe, bool>(m, "lora_linear_cpu");
   for (const char* name : {"hada_linear_cpu", "kron_linear_cpu"})
     define<T, T, Maybe, T, Maybe, T, Maybe, double, Maybe>(m, name);

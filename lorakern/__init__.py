@@ -28,10 +28,12 @@ from lorakern.adapters import eject, inject, merge, set_multiplier, unmerge
 from lorakern.arena import FlatAdamW
 from lorakern.conditioning import accelerate
 from lorakern.formats import load, save
+from lorakern.frozen import accelerate_frozen
 
 __all__ = [
     "FlatAdamW",
     "accelerate",
+    "accelerate_frozen",
     "eject",
     "functional",
     "inject",

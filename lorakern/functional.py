@@ -1,6 +1,7 @@
 """Registry of ops: one import a line. Each is a function of tensors, documented where it lives."""
 
 from lorakern.ops.decoupled_attention.op import decoupled_attention
+from lorakern.ops.frozen_linear.op import frozen_linear
 from lorakern.ops.hada_delta.op import hada_delta
 from lorakern.ops.hada_linear.op import hada_linear
 from lorakern.ops.kron_delta.op import kron_delta
@@ -12,6 +13,7 @@ from lorakern.ops.lora_linear_shared.op import lora_linear_shared
 
 __all__ = [
     "decoupled_attention",
+    "frozen_linear",
     "hada_delta",
     "hada_linear",
     "kron_delta",

@@ -18,6 +18,7 @@ from lorakern.arena import FlatAdamW
 from lorakern.average import Average
 from lorakern.config import Config
 from lorakern.devices import autocast, bf16, device_of, keep_freed_memory
+from lorakern.frozen import accelerate_frozen
 from lorakern.methods.base import Method
 from lorakern.monitor import progress, write_bad
 
@@ -113,6 +114,7 @@ class Run:
         self.trained = method.trained
         for module in self.trained.values():
             module.to(device)
+            accelerate_frozen(module)
         groups = method.groups()
         self.parameters = [p for group in groups for p in group["params"]]
         self.optimizer = _optimizer(config, groups)

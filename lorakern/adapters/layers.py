@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorakern.frozen import FrozenConv2d, FrozenLinear
+
 KINDS = {"linear": nn.Linear, "conv2d": nn.Conv2d, "embedding": nn.Embedding}
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # these parents read the child's weight and may never call its forward
@@ -35,7 +37,8 @@ def refusal(layer: nn.Module) -> str | None:
     if kind is None:
         return f"a {type(layer).__name__} is not one of {', '.join(KINDS)}"
     cls = KINDS[kind]
-    same = type(layer).forward is cls.forward and "forward" not in vars(layer)
+    own = (cls.forward, FrozenLinear.forward, FrozenConv2d.forward)
+    same = type(layer).forward in own and "forward" not in vars(layer)
     if kind == "conv2d":
         same = same and type(layer)._conv_forward is cls._conv_forward
     if not same:

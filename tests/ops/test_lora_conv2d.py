@@ -7,6 +7,7 @@ from torch._dynamo.testing import CompileCounter
 
 from lorakern import backend, functional
 from lorakern.functional import lora_conv2d
+from lorakern.ops.frozen_linear import op as frozen_linear
 from lorakern.ops.lora_conv2d import concat, reference
 from lorakern.testing import (
     DTYPES,
@@ -92,6 +93,43 @@ def test_concat_is_for_16_bit_and_pixels_that_stay():
     assert "pixels of h" in concat.refuse_fwd(far, *rest[:6], [0, 1], *rest[7:])
     assert "groups" in concat.refuse_bwd(far, *rest[:-1], 2, [True] * 3)
     assert concat.refuse_bwd(far, *rest, [True] * 3) is None
+
+
+FEW_PIXELS = [
+    (2, 129, 4, 3, 515, 4, (3, 3), (1, 1), (0, 0), (1, 1), 1),
+    (1, 131, 5, 8, 1001, 3, (3, 2), (2, 3), (1, 0), (1, 2), 1),
+    (3, 1025, 2, 1, 769, 16, (1, 1), (1, 1), (0, 0), (1, 1), 1),
+]
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.ops.lorakern_native, "lora_linear_cpu"), reason="_native is not built"
+)
+@pytest.mark.parametrize("needs", [(1, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 1)], ids=str)
+@pytest.mark.parametrize("shape", FEW_PIXELS, ids=IDS)
+def test_few_pixels_beside_a_large_weight(shape, needs, monkeypatch):
+    """`columns` on every machine, also where MKL is at its best."""
+    monkeypatch.setattr(frozen_linear, "_mkl_is_best", lambda: False)
+    x, weight, bias, down, up, *rest = detached(inputs(shape, torch.float32))
+    # a sum of more terms than torch's own chunks
+    weight = weight / weight[0].numel() ** 0.5
+    for b in (bias, None):
+        check_every_kernel("lora_conv2d_fwd", (x, weight, b, down, up, *rest), "columns")
+    y, h = reference.lora_conv2d_fwd(x, weight, bias, down, up, *rest)
+    args = (torch.randn_like(y), x, h, weight, down, up, *rest, [bool(n) for n in needs])
+    check_every_kernel("lora_conv2d_bwd", args, "columns")
+
+
+def test_columns_is_for_few_pixels_of_one_group(monkeypatch):
+    monkeypatch.setattr(frozen_linear, "_mkl_is_best", lambda: False)
+    x, *rest = detached(inputs(FEW_PIXELS[0], torch.float32))
+
+    def says(x, *rest):
+        return backend.why("lora_conv2d_fwd", x, *rest)["columns"]
+
+    assert "20 rows" in says(torch.randn(2, 129, 7, 4), *rest)
+    assert "groups" in says(x, *rest[:-1], 3)
+    assert "float64" in says(x.double(), rest[0].double(), *rest[1:])
 
 
 def functional_fwd(*args):

@@ -8,13 +8,14 @@ from torch.nn.modules.utils import _pair
 from lorakern import backend
 from lorakern.backend import Kernel
 from lorakern.ops import check
-from lorakern.ops.lora_conv2d import concat, reference
+from lorakern.ops.lora_conv2d import columns, concat, reference
 
 _fwd = backend.define(
     "lora_conv2d_fwd",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor down, Tensor up, Tensor scale,"
     " int[2] stride, int[2] padding, int[2] dilation, int groups) -> (Tensor y, Tensor h)",
     reference.lora_conv2d_fwd,
+    columns=Kernel("lorakern.ops.lora_conv2d.columns:lora_conv2d_fwd", columns.refuse_fwd),
     concat=Kernel("lorakern.ops.lora_conv2d.concat:lora_conv2d_fwd", concat.refuse_fwd),
 )
 _bwd = backend.define(
@@ -23,6 +24,7 @@ _bwd = backend.define(
     " int[2] stride, int[2] padding, int[2] dilation, int groups, bool[3] needs)"
     " -> (Tensor dx, Tensor ddown, Tensor dup)",
     reference.lora_conv2d_bwd,
+    columns=Kernel("lorakern.ops.lora_conv2d.columns:lora_conv2d_bwd", columns.refuse_bwd),
     concat=Kernel("lorakern.ops.lora_conv2d.concat:lora_conv2d_bwd", concat.refuse_bwd),
 )
 
