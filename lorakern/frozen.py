@@ -15,8 +15,8 @@ def accelerate_frozen(model: nn.Module) -> Callable[[], None]:
 
     What they compute, their parameters and the keys of a checkpoint stay; so do all layers that
     train, or are of another class than torch's own. A layer runs as before where no kernel is
-    faster: one is there for float32 on a CPU that is not Intel's, where 2 to 16 rows (of a
-    convolution: pixels of all images) meet a weight of 2^17 values or more for each, as in the
+    faster: one is there for float32 on a CPU that is not Intel's, where 2 to 32 rows (of a
+    convolution: pixels of all images) meet a weight of 2^16 values or more for each, as in the
     inner blocks of a UNet. Adapters, PEFT's too, go on such layers as on others, before or after.
 
     Returns:

@@ -103,7 +103,7 @@ def test_what_is_changed_and_what_stays():
 @pytest.mark.parametrize(
     "change",
     [
-        lambda layer, x: (layer, x.repeat(1, 1, 5, 1)),
+        lambda layer, x: (layer, x.repeat(1, 1, 9, 1)),
         lambda layer, x: (layer, x[0]),
         lambda layer, x: (layer.double(), x.double()),
         lambda layer, x: (layer, x.repeat(2, 1, 1, 1).to(memory_format=torch.channels_last)),

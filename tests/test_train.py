@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 from training import assert_same, factors, fit, home_fixture, lines_of, make_fixture, one_thread  # noqa: F401
 
 import lorakern
-from lorakern import cache, models
+from lorakern import cache, frozen, models
 from lorakern import run as runs
+from lorakern.ops.frozen_linear import op as frozen_linear
 
 
 def test_loss_falls_on_a_batch_it_knows(home, make, monkeypatch):
@@ -316,3 +317,18 @@ def test_model_folders_that_cannot_work_are_named(home, make, tmp_path):
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ValueError, match="torn cannot be loaded"):
         fit(make(model=str(torn)))
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.ops.lorakern_native, "frozen_linear_cpu"), reason="_native is not built"
+)
+def test_frozen_layers_of_few_rows_run_on_their_own_kernel(make, monkeypatch):
+    monkeypatch.setattr(frozen_linear, "_mkl_is_best", lambda: False)
+    plain = fit(make("plain"))
+    monkeypatch.setattr(frozen_linear, "VALUES", 1)
+    rows, kernel = [], frozen.frozen_linear
+    noted = lambda x, *rest: rows.append(x) or kernel(x, *rest)  # noqa: E731
+    monkeypatch.setattr(frozen, "frozen_linear", noted)
+    fast = fit(make("fast"))
+    assert len(rows) > 10
+    assert fast.losses == pytest.approx(plain.losses, rel=1e-4)

@@ -8,16 +8,17 @@
 #include <vector>
 
 #include "block.h"
-#include "dots.h"
 
 namespace lorakern {
 
 // rows that are few, and multiply-adds worth a thread
-constexpr int64_t kFewRows = 16;
+constexpr int64_t kFewRows = 32;
 constexpr int64_t kThread = 1 << 16;
-// columns of a at hand, and of sums
-constexpr int64_t kColumnBytes = 64 << 10;
-constexpr int64_t kSumBytes = 24 << 10;
+// columns of a at hand in L2, and bytes of sums in L1
+constexpr int64_t kColumns = 1024;
+constexpr int64_t kSumBytes = 48 << 10;
+// rows of W whose products are in registers together
+constexpr int kAcross = kTileRows > 6 ? 12 : 6;
 
 struct FewRows {
   int64_t M, K, N;
@@ -27,49 +28,98 @@ struct FewRows {
   float* out;
 };
 
+// sums[rows, kCols] = a[rows, n] w[kCols, n]ᵀ of the two rows of a that lie side by side, a vector
+// of each in turn; rows of w are ld apart
+template <int kCols>
+void dots_of_pair(float (*sums)[kAcross], const float* a, const float* w, int64_t ld, int64_t n) {
+  using Vec = at::vec::Vectorized<float>;
+  constexpr int64_t kLanes = Vec::size();
+  Vec dots[2][kCols];
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i)
+#pragma GCC unroll 12
+    for (int j = 0; j < kCols; ++j) dots[i][j] = Vec(0.f);
+  const auto step = [&](int64_t k, const auto& load) {
+    const Vec rows[2] = {Vec::loadu(a + 2 * k), Vec::loadu(a + 2 * k + kLanes)};
+#pragma GCC unroll 12
+    for (int j = 0; j < kCols; ++j) {
+      const Vec x = load(w + j * ld + k);
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) dots[i][j] = at::vec::fmadd(rows[i], x, dots[i][j]);
+    }
+  };
+  int64_t k = 0;
+  for (; k + kLanes <= n; k += kLanes) step(k, [](const float* v) { return Vec::loadu(v); });
+  if (k < n) step(k, [&](const float* v) { return Vec::loadu(v, n - k); });
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i)
+#pragma GCC unroll 12
+    for (int j = 0; j < kCols; ++j)
+      sums[i][j] = at::vec::vec_reduce_all<float>(
+          [](const Vec& x, const Vec& y) { return x + y; }, dots[i][j]);
+}
+
 // out[M, N] = a[M, K] w[N, K]ᵀ + bias + start
 inline void few_rows_transposed(const FewRows& p) {
   using Vec = at::vec::Vectorized<float>;
-  constexpr int64_t kAcross = kTileRows > 6 ? 4 : 2;
-  const int64_t some = kColumnBytes / sizeof(float) / p.M / Vec::size() * Vec::size();
-  const int64_t depth = std::min(kDepth, some);
-  at::parallel_for(0, p.N, std::max(kAcross, kThread / (p.M * p.K)), [&](int64_t b, int64_t e) {
-    float sums[kFewRows * kAcross * Vec::size()];
-    for (int64_t k = 0; k == 0 || k < p.K; k += depth) {
-      const int64_t count = std::min(depth, p.K - k);
+  constexpr int64_t kLanes = Vec::size();
+  at::parallel_for(0, p.N, std::max<int64_t>(kAcross, kThread / (p.M * p.K)), [&](int64_t b,
+                                                                                  int64_t e) {
+    std::vector<float> pairs((p.M + 1) / 2 * 2 * kColumns);
+    for (int64_t k = 0; k < p.K; k += kColumns) {
+      const int64_t depth = std::min(kColumns, p.K - k);
+      const int64_t padded = (depth + kLanes - 1) / kLanes * kLanes;
+      // an odd last row is beside zeros
+      std::fill(pairs.begin(), pairs.end(), 0.f);
+      for (int64_t m = 0; m < p.M; ++m)
+        for (int64_t i = 0; i < depth; i += kLanes)
+          Vec::loadu(p.a + m * p.K + k + i, std::min(kLanes, depth - i))
+              .store(&pairs[m / 2 * 2 * padded + 2 * i + m % 2 * kLanes]);
+      const bool last = k + depth == p.K;
       for (int64_t n = b; n < e; n += kAcross) {
-        const int64_t across = std::min(kAcross, e - n);
-        std::fill(sums, sums + p.M * across * Vec::size(), 0.f);
-        add_dots(sums, p.a + k, p.M, p.w + n * p.K + k, across, p.K, count);
-        for (int64_t m = 0; m < p.M; ++m)
-          for (int64_t j = 0; j < across; ++j) {
-            float* const out = p.out + m * p.N + n + j;
-            const Vec lanes = Vec::loadu(sums + (m * across + j) * Vec::size());
-            const float sum = at::vec::vec_reduce_all<float>(
-                [](const Vec& x, const Vec& y) { return x + y; }, lanes);
-            const float before = k > 0 ? *out : p.start ? p.start[m * p.N + n + j] : 0.f;
-            const bool last = k + depth >= p.K;
-            *out = before + sum + (last && p.bias ? p.bias[n + j] : 0.f);
+        const int64_t across = std::min<int64_t>(kAcross, e - n);
+        const float* const w = p.w + n * p.K + k;
+        for (int64_t m = 0; m < p.M; m += 2) {
+          float sums[2][kAcross];
+          const float* const a = &pairs[m * padded];
+          if (across == kAcross) {
+            dots_of_pair<kAcross>(sums, a, w, p.K, depth);
+          } else {
+            for (int64_t j = 0; j < across; ++j) {
+              float one[2][kAcross];
+              dots_of_pair<1>(one, a, w + j * p.K, p.K, depth);
+              for (int i = 0; i < 2; ++i) sums[i][j] = one[i][0];
+            }
           }
+          for (int64_t i = 0; i < std::min<int64_t>(2, p.M - m); ++i) {
+            float* const out = p.out + (m + i) * p.N + n;
+            const float* const start = k > 0 ? out : p.start ? p.start + (m + i) * p.N + n : nullptr;
+            for (int64_t j = 0; j < across; ++j)
+              out[j] = sums[i][j] + (start ? start[j] : 0.f) + (last && p.bias ? p.bias[n + j] : 0.f);
+          }
+        }
       }
     }
   });
 }
 
-// sums[M, cols] (+)= a[kHigh, M]ᵀ w[kHigh, cols], with rows of w `ld` apart
+// sums[M, cols] (+)= a[kHigh, M]ᵀ w[kHigh, cols], with rows of w ld apart
 template <int kHigh>
 void add_few(float* sums, bool add, int64_t M, int64_t cols, const float* a, const float* w,
              int64_t ld) {
   using Vec = at::vec::Vectorized<float>;
   const auto columns = [&](int64_t j, const auto& load, const auto& store) {
     Vec rows[kHigh][2];
-#pragma GCC unroll 4
-    for (int k = 0; k < kHigh; ++k) load(rows[k], w + k * ld + j);
+#pragma GCC unroll 12
+    for (int k = 0; k < kHigh; ++k) {
+      load(rows[k], w + k * ld + j);
+      __builtin_prefetch(w + (k + kHigh) * ld + j);
+    }
     for (int64_t m = 0; m < M; ++m) {
       float* const to = sums + m * cols + j;
       Vec sum[2] = {Vec(0.f), Vec(0.f)};
       if (add) load(sum, to);
-#pragma GCC unroll 4
+#pragma GCC unroll 12
       for (int k = 0; k < kHigh; ++k) {
         const Vec x(a[k * M + m]);
         sum[0] = at::vec::fmadd(x, rows[k][0], sum[0]);
@@ -78,9 +128,8 @@ void add_few(float* sums, bool add, int64_t M, int64_t cols, const float* a, con
       store(to, sum);
     }
   };
-  constexpr int64_t kBoth = 2 * Vec::size();
   int64_t j = 0;
-  for (; j + kBoth <= cols; j += kBoth)
+  for (; j + kPanel<float> <= cols; j += kPanel<float>)
     columns(
         j,
         [](Vec* v, const float* from) {
@@ -107,9 +156,9 @@ void add_few(float* sums, bool add, int64_t M, int64_t cols, const float* a, con
 
 // out[M, N] = a[M, K] w[K, N] + bias + start
 inline void few_rows_plain(const FewRows& p) {
-  constexpr int64_t kHigh = 4, kLong = kRun<float, false>, kBoth = kPanel<float>;
-  const int64_t most =
-      std::max(kBoth, kSumBytes / int64_t(sizeof(float)) / p.M / kBoth * kBoth);
+  constexpr int64_t kLong = kRun<float, false>, kWide = kPanel<float>;
+  const int64_t fit = kSumBytes / int64_t(sizeof(float)) / p.M / kWide * kWide;
+  const int64_t most = std::max(kWide, std::min(kColumns, fit));
   const int64_t grain = std::max<int64_t>(1, kThread / (p.M * p.K * most));
   at::parallel_for(0, (p.N + most - 1) / most, grain, [&](int64_t b, int64_t e) {
     std::vector<float> sums(p.M * most), a(kLong * p.M);
@@ -121,9 +170,9 @@ inline void few_rows_plain(const FewRows& p) {
           for (int64_t k = 0; k < run; ++k) a[k * p.M + m] = p.a[m * p.K + k0 + k];
         for (int64_t k = 0; k < run;) {
           const float* const w = p.w + (k0 + k) * p.N + j;
-          const bool four = k + kHigh <= run;
-          (four ? add_few<kHigh> : add_few<1>)(sums.data(), k > 0, p.M, cols, &a[k * p.M], w, p.N);
-          k += four ? kHigh : 1;
+          const bool many = k + kAcross <= run;
+          (many ? add_few<kAcross> : add_few<1>)(sums.data(), k > 0, p.M, cols, &a[k * p.M], w, p.N);
+          k += many ? kAcross : 1;
         }
         for (int64_t m = 0; m < p.M; ++m) {
           float* const out = p.out + m * p.N + j;

@@ -21,7 +21,7 @@ built = pytest.mark.skipif(
     not hasattr(native, "frozen_linear_cpu"), reason="lorakern._native is not built"
 )
 # M, I, O: odd sizes, a last run of one row of the weight, more columns than a core keeps, size 1
-SHAPES = [(2, 515, 521), (16, 2049, 1031), (7, 193, 5001), (3, 4100, 131), (5, 1, 17), (9, 70, 1)]
+SHAPES = [(2, 515, 521), (32, 2049, 1031), (7, 193, 5001), (3, 4100, 131), (5, 1, 17), (9, 70, 1)]
 
 
 def make(M, I, O, dtype=torch.float32, grad=False):  # noqa: E741
@@ -66,8 +66,10 @@ def test_what_is_refused_says_why(monkeypatch):
         return backend.why("frozen_linear_fwd", x, weight, bias)["cpp"]
 
     assert says(x, weight) == says(x.view(2, 2, 1024), weight) == "ok"
-    assert "1 rows" in says(x[:1], weight) and "17 rows" in says(x.new_empty(17, 1024), weight)
-    assert "523264 weights" in says(x, weight[:-1]) and "bfloat16" in says(x, weight.bfloat16())
+    assert says(x[:2], weight[:256]) == "ok" and "1 rows" in says(x[:1], weight)
+    assert "33 rows" in says(x.new_empty(33, 1024), weight)
+    assert "261120 weights" in says(x[:2], weight[:255])
+    assert "bfloat16" in says(x, weight.bfloat16())
     assert "meta" in says(x.to("meta"), weight.to("meta"))
     monkeypatch.setattr(op, "_mkl_is_best", lambda: True)
     assert "Intel" in says(x, weight)
@@ -83,7 +85,7 @@ def test_backward_is_the_derivative():
 @pytest.mark.parametrize("layout", ["rows", "strided", "vector"])
 def test_the_one_node_gives_the_references_gradient(layout, monkeypatch):
     monkeypatch.setattr(op, "_mkl_is_best", lambda: False)
-    monkeypatch.setattr(op, "ROWS", range(1, 17))
+    monkeypatch.setattr(op, "ROWS", range(1, 33))
     x, weight, bias = make(4, 1024, 512)
     x = {"rows": x.view(2, 2, -1), "strided": x.mT.contiguous().mT, "vector": x[0]}[layout]
     x.requires_grad_()

@@ -213,7 +213,7 @@ def test_blocks_of_rows_beside_a_weight_of_odd_sides(dtype, needs, gained):
 
 @pytest.mark.parametrize("needs", list(itertools.product([True, False], repeat=3)))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize("shape", [(70, 750, 704, 5), (16, 4100, 131, 3), (7, 131, 4103, 2)],
+@pytest.mark.parametrize("shape", [(70, 750, 704, 5), (32, 4100, 131, 3), (7, 131, 4103, 2)],
                          ids=str)  # fmt: skip
 def test_few_rows_beside_a_large_weight(shape, dtype, needs):
     """A weight of over 2^19 values is not packed for them: the base product is made before."""
@@ -225,7 +225,7 @@ def test_few_rows_beside_a_large_weight(shape, dtype, needs):
     check_every_kernel("lora_linear_bwd", args)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 5, 16, 17])
+@pytest.mark.parametrize("rows", [1, 2, 5, 32, 33])
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_few_rows_on_any_number_of_threads(count, rows, threads):
     threads(count)

@@ -10,18 +10,19 @@ from lorakern.backend import Kernel
 from lorakern.ops import check
 from lorakern.ops.frozen_linear import reference
 
-# rows that are few, and the values of a weight, for each of them, that is large beside them
-ROWS, VALUES = range(2, 17), 2**17
+# rows that are few, and the values of a weight, for each of them, that is large beside them; a
+# weight for fewer than four is no smaller than one for four, or the call takes longer than it
+ROWS, VALUES = range(2, 33), 2**16
 
 
 def refusal(rows: int, weight: Tensor) -> str | None:
     """Why the product of so many rows with weight [O, I] is left to torch; None when it is not."""
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
         return f"{weight.dtype} on {weight.device.type}; this kernel is for float32 on cpu"
-    if rows not in ROWS or weight.numel() < rows * VALUES:
+    if rows not in ROWS or weight.numel() < max(4, rows) * VALUES:
         return (
             f"{rows} rows, {weight.numel()} weights: few are {ROWS[0]} to {ROWS[-1]} rows, with"
-            f" {VALUES} weights or more for each"
+            f" {VALUES} weights or more for each, {4 * VALUES} at the least"
         )
     return "an Intel CPU: MKL is at its best there" if _mkl_is_best() else None
 
@@ -69,7 +70,7 @@ _whole: dict[tuple, Callable | None] = backend.memory_of_picks()
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Frozen linear layer: x Wᵀ + b.
 
-    Of 2 to 16 rows beside a large weight in float32, the time is that of reading the weight once.
+    Of 2 to 32 rows beside a large weight in float32, the time is that of reading the weight once.
     Nothing is saved for backward but the weight.
 
     Args:

@@ -1,6 +1,6 @@
 """lora_conv2d of few pixels in float32, as lora_linear of their windows. Spec: reference.py
 
-Beside the weight of 1280 channels the windows of 16 pixels are small. torch copies that weight into
+Beside the weight of 1280 channels the windows of 32 pixels are small. torch copies that weight into
 another layout, or reads it with a stride; as rows of a linear layer it is read once, and the update
 and all factors' gradients come with it. Windows are made again in backward, not kept.
 """

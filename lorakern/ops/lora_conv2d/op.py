@@ -100,10 +100,7 @@ def _check(x, weight, bias, down, up, groups) -> None:
     rank, channels = down.shape[0], per_group * groups
     if x.dim() not in (3, 4) or x.shape[-3] != channels:
         raise ValueError(f"want x [B, {channels}, H, W] for groups={groups}, got {list(x.shape)}")
-    wanted = {"down": [rank, per_group, *kernel], "up": [out_channels, rank, 1, 1]}
-    for name, factor in (("down", down), ("up", up)):
-        if list(factor.shape) != wanted[name]:
-            raise ValueError(f"want {name} {wanted[name]}, got {list(factor.shape)}")
+    check.shapes(down=(down, [rank, per_group, *kernel]), up=(up, [out_channels, rank, 1, 1]))
     check.alike(x=x, weight=weight, bias=bias, down=down, up=up)
     if bias is not None and bias.shape != (out_channels,):
         raise ValueError(f"want bias [{out_channels}], got {list(bias.shape)}")
