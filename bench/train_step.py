@@ -4,8 +4,9 @@
     python -m bench.train_step --algo loha --rank 8 --size 32
 
 The frozen UNet, lorakern and the peers take turns on one set of random base weights: before its
-step an arm's layers are put into the UNet. Nothing is timed before all arms have given the
-prediction and the factor gradients of the merged weights.
+step an arm's layers are put into the UNet, lorakern's with the frozen ones that its trainer
+accelerates. Nothing is timed before all arms have given the prediction and the factor gradients of
+the merged weights.
 """
 
 import argparse

@@ -17,7 +17,8 @@ def accelerate_frozen(model: nn.Module) -> Callable[[], None]:
     train, or are of another class than torch's own. A layer runs as before where no kernel is
     faster: one is there for float32 on a CPU that is not Intel's, where 2 to 32 rows (of a
     convolution: pixels of all images) meet a weight of 2^16 values or more for each, as in the
-    inner blocks of a UNet. Adapters, PEFT's too, go on such layers as on others, before or after.
+    inner blocks of a UNet. There the layer is differentiable once. Adapters, PEFT's too, go on such
+    layers as on others, before or after.
 
     Returns:
         A function without arguments that makes the layers torch's own again.
@@ -83,6 +84,7 @@ def _few(layer: nn.Linear | nn.Conv2d, x: Tensor, rows: int) -> bool:
     weight = layer.weight
     return (
         rows in ROWS
+        and type(x) is Tensor
         and x.dtype == weight.dtype
         and x.device == weight.device
         and x.is_contiguous()
