@@ -35,6 +35,8 @@ CASES = [
     Case(1280, 1280, 16, 3, 16),
     Case(320, 320, 64, 3, 16, stride=2),
     Case(320, 320, 64, 1, 16),
+    # a residual block of the inner levels at 128 px
+    Case(1280, 1280, 4, 3, 16),
 ]
 
 
