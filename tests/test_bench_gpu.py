@@ -125,7 +125,8 @@ def test_every_stage_is_a_command_that_there_is(quick, tmp_path, monkeypatch):
     options.quick = quick
     stages = gpu.stages(options)
     assert [s.name for s in stages[:2]] == ["build", "tests"] and stages[0].commands
-    assert {s.name for s in stages} > set(run.OPS)
+    # its only kernel is for CPUs
+    assert {s.name for s in stages} > set(run.OPS) - {"frozen_linear"}
     for found in stages[2:]:
         (command,) = found.commands
         module, *arguments = command[2:]

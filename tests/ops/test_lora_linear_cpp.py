@@ -217,12 +217,14 @@ def test_blocks_of_rows_beside_a_weight_of_odd_sides(dtype, needs, gained):
                          ids=str)  # fmt: skip
 def test_few_rows_beside_a_large_weight(shape, dtype, needs):
     """A weight of over 2^19 values is not packed for them: the base product is made before."""
+    # the other kernels know no few rows: they are asked once
+    only = None if shape[0] == 70 else "cpp"
     dy, x, weight, bias, down, up = make(*shape, dtype)
     args = (x, weight, bias if needs[0] else None, down, up, 0.7, None)
     h = reference.lora_linear_fwd(*args)[1]
-    check_every_kernel("lora_linear_fwd", args)
+    check_every_kernel("lora_linear_fwd", args, only)
     args = (dy, x, h, weight, down, up, 0.7, None, [*needs, False])
-    check_every_kernel("lora_linear_bwd", args)
+    check_every_kernel("lora_linear_bwd", args, only)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 32, 33])
