@@ -202,13 +202,15 @@ def test_strided_inputs_are_taken():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=lambda d: str(d)[6:])
 def test_blocks_of_rows_beside_a_weight_of_odd_sides(dtype, needs, gained):
     """Neither blocks of rows nor panels are whole, of any factor, on torch's base product too."""
+    # the other kernels have no such blocks: they are asked once
+    only = None if gained and needs[0] else "cpp"
     dy, x, weight, bias, down, up = make(301, 701, 703, 37, dtype)
     gain = 0.5 + torch.rand(703, dtype=dtype) if gained else None
     args = (x, weight, bias if needs[0] else None, down, up, 0.7, gain)
     h = reference.lora_linear_fwd(*args)[1]
-    check_every_kernel("lora_linear_fwd", args)
+    check_every_kernel("lora_linear_fwd", args, only)
     args = (dy, x, h, weight, down, up, 0.7, gain, [*needs, gained])
-    check_every_kernel("lora_linear_bwd", args)
+    check_every_kernel("lora_linear_bwd", args, only)
 
 
 @pytest.mark.parametrize("needs", list(itertools.product([True, False], repeat=3)))
