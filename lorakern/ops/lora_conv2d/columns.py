@@ -2,13 +2,16 @@
 
 Beside the weight of 1280 channels the windows of 32 pixels are small. torch copies that weight into
 another layout, or reads it with a stride; as rows of a linear layer it is read once, and the update
-and all factors' gradients come with it. Windows are made again in backward, not kept.
+and all factors' gradients come with it. Windows are made again in backward, not kept. What is not
+contiguous, as channels_last, is left to the spec: its rows would be a copy of the weight, and a
+pick knows shapes alone.
 """
 
 import torch
 import torch.nn.functional as F
 
 from lorakern.ops.frozen_linear.op import refusal
+from lorakern.ops.lora_conv2d import reference
 
 
 def refuse_fwd(x, weight, bias, down, up, scale, stride, padding, dilation, groups) -> str | None:
@@ -29,6 +32,10 @@ def _refuse(rows, weight, groups) -> str | None:
 
 
 def lora_conv2d_fwd(x, weight, bias, down, up, scale, stride, padding, dilation, groups):
+    if not (x.is_contiguous() and weight.is_contiguous()):
+        return reference.lora_conv2d_fwd(
+            x, weight, bias, down, up, scale, stride, padding, dilation, groups
+        )
     window = weight.shape[2:], stride, padding, dilation
     wide, *factors = (w.flatten(1) for w in (weight, down, up))
     made = torch.ops.lorakern_native.lora_linear_fwd_cpu(
@@ -39,6 +46,10 @@ def lora_conv2d_fwd(x, weight, bias, down, up, scale, stride, padding, dilation,
 
 
 def lora_conv2d_bwd(dy, x, h, weight, down, up, scale, stride, padding, dilation, groups, needs):
+    if not (x.is_contiguous() and weight.is_contiguous()):
+        return reference.lora_conv2d_bwd(
+            dy, x, h, weight, down, up, scale, stride, padding, dilation, groups, needs
+        )
     window = weight.shape[2:], stride, padding, dilation
     made = torch.ops.lorakern_native.lora_linear_bwd_cpu(
         rows_of(dy), windows(x, *window), rows_of(h), *(w.flatten(1) for w in (weight, down, up)),
