@@ -41,9 +41,9 @@ def test_matches_reference(shape, dtype, device):
 @built
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_right_where_another_product_would_be_faster_too(shape, threads):
+def test_right_where_another_product_would_be_faster_too(shape, threads, request):
     """The C++ kernels on any number of threads, and of rows and weights that they refuse."""
-    before = torch.get_num_threads()
+    request.addfinalizer(lambda before=torch.get_num_threads(): torch.set_num_threads(before))
     torch.set_num_threads(threads)
     x, weight, bias = make(*shape)
     dy = torch.randn(shape[0], shape[2])
@@ -54,7 +54,6 @@ def test_right_where_another_product_would_be_faster_too(shape, threads):
         assert_as_exact_as_torch("y", native.frozen_linear_fwd_cpu(*args), exact, y)
     exact = exactly(reference.frozen_linear_bwd, dy, weight)
     assert_as_exact_as_torch("dx", native.frozen_linear_bwd_cpu(dy, weight), exact, dy @ weight)
-    torch.set_num_threads(before)
 
 
 @built
