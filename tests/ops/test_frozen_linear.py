@@ -1,5 +1,7 @@
 """frozen_linear: every kernel, the derivative, opcheck, compile."""
 
+from functools import partial
+
 import pytest
 import torch
 from linear_ops import check_saves_only_inputs
@@ -43,7 +45,7 @@ def test_matches_reference(shape, dtype, device):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_right_where_another_product_would_be_faster_too(shape, threads, request):
     """The C++ kernels on any number of threads, and of rows and weights that they refuse."""
-    request.addfinalizer(lambda before=torch.get_num_threads(): torch.set_num_threads(before))
+    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
     torch.set_num_threads(threads)
     x, weight, bias = make(*shape)
     dy = torch.randn(shape[0], shape[2])
