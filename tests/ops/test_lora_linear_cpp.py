@@ -43,14 +43,12 @@ SHAPES = [(333, 70, 50, 5), (57, 2100, 33, 17), (15, 33, 2070, 129), (1, 8, 72, 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_right_on_any_number_of_threads(shape, dtype, count, threads):
     threads(count)
-    # the other kernels have no threads of ours: they are asked once
-    only = None if count == 1 else "cpp"
     dy, x, weight, bias, down, up = make(*shape, dtype)
-    check_every_kernel("lora_linear_fwd", (x, weight, bias, down, up, 0.7, None), only)
+    check_every_kernel("lora_linear_fwd", (x, weight, bias, down, up, 0.7, None), "cpp")
     h = reference.lora_linear_fwd(x, weight, bias, down, up, 0.7, None)[1]
     for gain in (None, (1 + bias / 5).to(wide(dtype))):
         args = (dy, x, h, weight, down, up, 0.7, gain, [True, True, True, gain is not None])
-        check_every_kernel("lora_linear_bwd", args, only)
+        check_every_kernel("lora_linear_bwd", args, "cpp")
 
 
 @pytest.mark.parametrize("depth", [256, 320, 384, 640])
@@ -202,15 +200,13 @@ def test_strided_inputs_are_taken():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=lambda d: str(d)[6:])
 def test_blocks_of_rows_beside_a_weight_of_odd_sides(dtype, needs, gained):
     """Neither blocks of rows nor panels are whole, of any factor, on torch's base product too."""
-    # the other kernels have no such blocks: they are asked once
-    only = None if gained and needs[0] else "cpp"
     dy, x, weight, bias, down, up = make(301, 701, 703, 37, dtype)
     gain = 0.5 + torch.rand(703, dtype=dtype) if gained else None
     args = (x, weight, bias if needs[0] else None, down, up, 0.7, gain)
     h = reference.lora_linear_fwd(*args)[1]
-    check_every_kernel("lora_linear_fwd", args, only)
+    check_every_kernel("lora_linear_fwd", args, "cpp")
     args = (dy, x, h, weight, down, up, 0.7, gain, [*needs, gained])
-    check_every_kernel("lora_linear_bwd", args, only)
+    check_every_kernel("lora_linear_bwd", args, "cpp")
 
 
 @pytest.mark.parametrize("needs", list(itertools.product([True, False], repeat=3)))
@@ -219,14 +215,12 @@ def test_blocks_of_rows_beside_a_weight_of_odd_sides(dtype, needs, gained):
                          ids=str)  # fmt: skip
 def test_few_rows_beside_a_large_weight(shape, dtype, needs):
     """A weight of over 2^19 values is not packed for them: the base product is made before."""
-    # the other kernels know no few rows: they are asked once
-    only = None if shape[0] == 70 and all(needs) else "cpp"
     dy, x, weight, bias, down, up = make(*shape, dtype)
     args = (x, weight, bias if needs[0] else None, down, up, 0.7, None)
     h = reference.lora_linear_fwd(*args)[1]
-    check_every_kernel("lora_linear_fwd", args, only)
+    check_every_kernel("lora_linear_fwd", args, "cpp")
     args = (dy, x, h, weight, down, up, 0.7, None, [*needs, False])
-    check_every_kernel("lora_linear_bwd", args, only)
+    check_every_kernel("lora_linear_bwd", args, "cpp")
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 32, 33])
