@@ -190,7 +190,12 @@ def recording() -> bool:
 
 
 def _live(tree):
-    return tree_map_only(Outer, Outer.tensor, tree)
+    # tree_map_only takes half the time of a replay
+    if isinstance(tree, dict):
+        return {name: _live(part) for name, part in tree.items()}
+    if isinstance(tree, tuple | list):
+        return type(tree)([_live(part) for part in tree])
+    return tree.tensor() if isinstance(tree, Outer) else tree
 
 
 def _tensors(tree) -> list[Tensor]:
