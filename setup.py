@@ -12,6 +12,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 from glob import glob
 
 from setuptools import setup
@@ -60,6 +61,9 @@ def extension(mode: str) -> dict:
         from torch.utils import cpp_extension
     except ImportError as missing:
         return give_up(mode, f"{missing}; install beside torch with pip --no-build-isolation")
+    # where pip puts ninja, which compiles on all cores; it need not be on the PATH
+    found = os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")
+    os.environ["PATH"] = os.pathsep.join(found)
     cuda_sources = sorted(glob("csrc/cuda/*.cu"))
     no_cuda = (not torch.version.cuda and f"torch {torch.__version__} has no CUDA") or (
         not cpp_extension.CUDA_HOME and "no nvcc was found; set CUDA_HOME"
