@@ -3,11 +3,16 @@
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakern.functional import frozen_linear
 from lorakern.ops.frozen_linear.op import ROWS, refusal
 from lorakern.ops.lora_conv2d.columns import pixels, size_of, windows
+
+# pixels whose windows are the columns of a product: more than are few, but not so many that torch's
+# copy of a large weight is the smaller part of its time
+COLUMNS = range(ROWS[-1] + 1, 65)
 
 
 def accelerate_frozen(model: nn.Module) -> Callable[[], None]:
@@ -16,7 +21,7 @@ def accelerate_frozen(model: nn.Module) -> Callable[[], None]:
     What they compute, their parameters and the keys of a checkpoint stay; so do all layers that
     train, or are of another class than torch's own. A layer runs as before where no kernel is
     faster: one is there for float32 on a CPU that is not Intel's, where 2 to 32 rows (of a
-    convolution: pixels of all images) meet a weight of 2^16 values or more for each, as in the
+    convolution: 64 pixels of all images) meet a weight of 2^16 values or more for each, as in the
     inner blocks of a UNet. There the layer is differentiable once. Adapters, PEFT's too, go on such
     layers as on others, before or after.
 
@@ -47,7 +52,7 @@ class FrozenLinear(nn.Linear):
 
 
 class FrozenConv2d(nn.Conv2d):
-    """nn.Conv2d, on `functional.frozen_linear` of its windows where its output has few pixels."""
+    """nn.Conv2d, as a product with its windows where its output has few pixels."""
 
     def forward(self, x: Tensor) -> Tensor:
         """As nn.Conv2d."""
@@ -55,10 +60,19 @@ class FrozenConv2d(nn.Conv2d):
         if x.dim() != 4 or x.shape[1] != self.in_channels:
             return super().forward(x)
         high, wide = size_of(x, *window)
-        if not _few(self, x, x.shape[0] * high * wide):
+        count = x.shape[0] * high * wide
+        if _few(self, x, count):
+            rows = frozen_linear(windows(x, *window), self.weight.flatten(1), self.bias)
+            return pixels(rows, x.shape[0], (high, wide))
+        if not _few(self, x, count, COLUMNS):
             return super().forward(x)
-        rows = frozen_linear(windows(x, *window), self.weight.flatten(1), self.bias)
-        return pixels(rows, x.shape[0], (high, wide))
+        kernel, stride, padding, dilation = window
+        # [I·kh·kw, B·P·Q], of which the product's backward keeps nothing
+        columns = F.unfold(x, kernel, dilation, padding, stride).transpose(0, 1).flatten(1)
+        y = self.weight.flatten(1) @ columns
+        if self.bias is not None:
+            y = y + self.bias[:, None]
+        return y.view(-1, x.shape[0], high, wide).transpose(0, 1).contiguous()
 
 
 _FAST = {nn.Linear: FrozenLinear, nn.Conv2d: FrozenConv2d}
@@ -79,18 +93,18 @@ def _frozen(layer: nn.Linear | nn.Conv2d) -> bool:
     return not (layer.weight.requires_grad or (layer.bias is not None and layer.bias.requires_grad))
 
 
-def _few(layer: nn.Linear | nn.Conv2d, x: Tensor, rows: int) -> bool:
-    """Whether the kernel is the faster one for this input."""
+def _few(layer: nn.Linear | nn.Conv2d, x: Tensor, rows: int, few: range = ROWS) -> bool:
+    """Whether another product than torch's is the faster one for this input."""
     weight = layer.weight
     return (
-        rows in ROWS
+        rows in few
         and type(x) is Tensor
         and x.dtype == weight.dtype
         and x.device == weight.device
         and x.is_contiguous()
         and weight.is_contiguous()
         and _frozen(layer)
-        and refusal(rows, weight) is None
+        and refusal(rows, weight, few) is None
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
     )

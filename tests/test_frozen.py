@@ -47,23 +47,31 @@ def accelerated(layer):
     return box[0]
 
 
+# with the rows that the kernel gets; windows that are columns need none
 LAYERS = {
-    "linear": (linear(), (2, 2, 1024), 4),
-    "padding": (conv(padding=1), (1, 128, 2, 2), 4),
-    "stride": (conv(padding=(2, 1), stride=(2, 3), bias=False), (1, 128, 3, 3), 3),
-    "dilation": (conv(dilation=(1, 2), padding=1), (1, 128, 2, 4), 4),
-    "1 x 1": (conv(in_channels=1025, kernel_size=1), (3, 1025, 1, 1), 3),
-}
+    "linear": (linear(), (2, 2, 1024), [4]),
+    "padding": (conv(padding=1), (1, 128, 2, 2), [4]),
+    "stride": (conv(padding=(2, 1), stride=(2, 3), bias=False), (1, 128, 3, 3), [3]),
+    "dilation": (conv(dilation=(1, 2), padding=1), (1, 128, 2, 4), [4]),
+    "1 x 1": (conv(in_channels=1025, kernel_size=1), (3, 1025, 1, 1), [3]),
+    "columns": (conv(in_channels=520, padding=1), (2, 520, 3, 6), []),
+    "columns, stride": (
+        conv(in_channels=650, padding=(2, 1), stride=(2, 3), dilation=(1, 2), bias=False),
+        (3, 650, 7, 9), [],
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("which", LAYERS)
 def test_the_same_output_and_gradient(which, calls):
     layer, shape, rows = LAYERS[which]
     fast, x = accelerated(layer), torch.randn(shape, requires_grad=True)
+    # what torch's own way would call
+    fast._conv_forward = None
     y, want = fast(x), layer(x)
     dy = torch.randn_like(y)
     got, expected = (torch.autograd.grad(out, x, dy)[0] for out in (y, want))
-    assert calls == [rows] and y.is_contiguous()
+    assert calls == rows and y.is_contiguous()
     exact_x = x.detach().double().requires_grad_()
     exact = copy.deepcopy(layer).double()(exact_x)
     (exact_dx,) = torch.autograd.grad(exact, exact_x, dy.double())
@@ -120,6 +128,14 @@ def test_runs_as_before(change, calls):
     y, want = fast(x), layer(x)
     assert torch.equal(y, want) and y.stride() == want.stride() and calls == []
     assert y.requires_grad == want.requires_grad
+
+
+def test_columns_are_of_up_to_64_pixels(monkeypatch):
+    fast = accelerated(conv(in_channels=1000, padding=1))
+    monkeypatch.setattr(torch.nn.functional, "unfold", None)
+    fast(torch.randn(1, 1000, 5, 13))
+    with pytest.raises(TypeError):
+        fast(torch.randn(1, 1000, 8, 8))
 
 
 def test_autocast_and_compile_run_as_before(calls):

@@ -15,13 +15,13 @@ from lorakern.ops.frozen_linear import reference
 ROWS, VALUES = range(2, 33), 2**16
 
 
-def refusal(rows: int, weight: Tensor) -> str | None:
+def refusal(rows: int, weight: Tensor, few: range = ROWS) -> str | None:
     """Why the product of so many rows with weight [O, I] is left to torch; None when it is not."""
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
         return f"{weight.dtype} on {weight.device.type}; this kernel is for float32 on cpu"
-    if rows not in ROWS or weight.numel() < max(4, rows) * VALUES:
+    if rows not in few or weight.numel() < max(4, rows) * VALUES:
         return (
-            f"{rows} rows, {weight.numel()} weights: few are {ROWS[0]} to {ROWS[-1]} rows, with"
+            f"{rows} rows, {weight.numel()} weights: few are {few[0]} to {few[-1]} rows, with"
             f" {VALUES} weights or more for each, {4 * VALUES} at the least"
         )
     return "an Intel CPU: MKL is at its best there" if _mkl_is_best() else None
