@@ -1,4 +1,4 @@
-"""The frozen layers of a model on lorakern's kernels, in place: those of few rows, on a CPU."""
+"""The frozen layers of few rows or pixels in a model, on a CPU: faster products, in place."""
 
 from collections.abc import Callable
 
@@ -10,20 +10,20 @@ from lorakern.functional import frozen_linear
 from lorakern.ops.frozen_linear.op import ROWS, refusal
 from lorakern.ops.lora_conv2d.columns import pixels, size_of, windows
 
-# pixels whose windows are the columns of a product: more than are few, but not so many that torch's
-# copy of a large weight is the smaller part of its time
-COLUMNS = range(ROWS[-1] + 1, 65)
+# pixels whose windows are multiplied, as columns where they are more than few rows; beyond them
+# torch's copy of a large weight is the smaller part of its time
+PIXELS = range(ROWS[0], 65)
 
 
 def accelerate_frozen(model: nn.Module) -> Callable[[], None]:
-    """Run the frozen Linear and Conv2d layers of a model on lorakern's kernels, in place.
+    """Run the frozen Linear and Conv2d layers of a model on faster products, in place.
 
     What they compute, their parameters and the keys of a checkpoint stay; so do all layers that
-    train, or are of another class than torch's own. A layer runs as before where no kernel is
-    faster: one is there for float32 on a CPU that is not Intel's, where 2 to 32 rows (of a
-    convolution: 64 pixels of all images) meet a weight of 2^16 values or more for each, as in the
-    inner blocks of a UNet. There the layer is differentiable once. Adapters, PEFT's too, go on such
-    layers as on others, before or after.
+    train, or are of another class than torch's own. A layer runs as before where none is faster:
+    one is there for float32 on a CPU that is not Intel's, where 2 to 32 rows, or 2 to 64 pixels of
+    a convolution (of all images), meet a weight of 2^16 values or more for each, as in the inner
+    blocks of a UNet. Up to 32 of them are `functional.frozen_linear`, differentiable once.
+    Adapters, PEFT's too, go on such layers as on others, before or after.
 
     Returns:
         A function without arguments that makes the layers torch's own again.
@@ -46,7 +46,7 @@ class FrozenLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """As nn.Linear."""
         rows = x.numel() // self.in_features
-        if x.shape[-1:] == (self.in_features,) and _few(self, x, rows):
+        if x.shape[-1:] == (self.in_features,) and _few(self, x, rows, ROWS):
             return frozen_linear(x, self.weight, self.bias)
         return super().forward(x)
 
@@ -61,11 +61,11 @@ class FrozenConv2d(nn.Conv2d):
             return super().forward(x)
         high, wide = size_of(x, *window)
         count = x.shape[0] * high * wide
-        if _few(self, x, count):
+        if not _few(self, x, count, PIXELS):
+            return super().forward(x)
+        if count in ROWS:
             rows = frozen_linear(windows(x, *window), self.weight.flatten(1), self.bias)
             return pixels(rows, x.shape[0], (high, wide))
-        if not _few(self, x, count, COLUMNS):
-            return super().forward(x)
         kernel, stride, padding, dilation = window
         # [I·kh·kw, B·P·Q], of which the product's backward keeps nothing
         columns = F.unfold(x, kernel, dilation, padding, stride).transpose(0, 1).flatten(1)
@@ -93,7 +93,7 @@ def _frozen(layer: nn.Linear | nn.Conv2d) -> bool:
     return not (layer.weight.requires_grad or (layer.bias is not None and layer.bias.requires_grad))
 
 
-def _few(layer: nn.Linear | nn.Conv2d, x: Tensor, rows: int, few: range = ROWS) -> bool:
+def _few(layer: nn.Linear | nn.Conv2d, x: Tensor, rows: int, few: range) -> bool:
     """Whether another product than torch's is the faster one for this input."""
     weight = layer.weight
     return (
